@@ -1,0 +1,30 @@
+// Weights as kernels read them: always layout 1, in place where the caller already has it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "core/spec.h"
+#include "core/tiled.h"
+
+namespace qbb::core {
+
+class Matrix {
+ public:
+  explicit Matrix(const qbb_matrix& matrix);  // throws core::Error, std::bad_alloc
+
+  const Tiled& tiled() const { return tiled_; }
+
+ private:
+  struct Free {
+    void operator()(void* p) const;
+  };
+  using Buffer = std::unique_ptr<void, Free>;
+
+  static Buffer allocate(int64_t bytes);
+
+  Buffer planes_, scales_, offset_, bias_;  // empty where the caller's memory is used
+  Tiled tiled_{};
+};
+
+}  // namespace qbb::core

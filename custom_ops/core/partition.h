@@ -1,0 +1,35 @@
+// How one run is cut into tasks. Depends on the shape alone, never on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "core/tiled.h"
+
+namespace qbb::core {
+
+struct Partition {
+  int64_t row_blocks;   // blocks of kTaskRows rows of X
+  int64_t tile_chunks;  // chunks of `chunk` tiles of the matrix
+  int64_t chunk;
+
+  int64_t tasks() const { return row_blocks * tile_chunks; }
+};
+
+inline Partition partition(const Tiled& w, int64_t M) {
+  // Each task builds its own tables, so chunks should be large; but idle cores cost more than tables. A task of fewer
+  // than 2^13 look-ups of 16 rows (a few microseconds) is not worth handing out.
+  constexpr int64_t kEnoughTasks = 16;
+  constexpr int64_t kSmallTask = int64_t{1} << 13;
+  const auto ceil_div = [](int64_t a, int64_t b) { return a / b + (a % b != 0); };
+  Partition p{ceil_div(M, kTaskRows), 0, kMaxTaskTiles};
+  const int64_t rows = M < kTaskRows ? M : kTaskRows;
+  const int64_t per_tile = w.bases * w.words * 8 * rows;
+  while (p.chunk > 1 && p.row_blocks * ceil_div(w.tiles, p.chunk) < kEnoughTasks &&
+         per_tile >= kSmallTask / (p.chunk / 2)) {
+    p.chunk /= 2;
+  }
+  p.tile_chunks = ceil_div(w.tiles, p.chunk);
+  return p;
+}
+
+}  // namespace qbb::core

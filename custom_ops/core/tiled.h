@@ -1,0 +1,25 @@
+// What kernels see of a matrix. Plain data only: a file that is compiled with AVX flags must not pull in inline
+// functions, because the linker may keep its copy of them for CPUs that have no AVX.
+#pragma once
+
+#include <stdint.h>
+
+#include "qbb/format.h"
+
+namespace qbb::core {
+
+struct Tiled {
+  int64_t K, N, bases;
+  int64_t words, groups, tiles;
+  int64_t group_words;     // words in a group, the last one of a row may have fewer
+  const uint32_t* planes;  // [bases, tiles, words, 16]
+  const void* scales;      // [bases, tiles, groups, 16]
+  bool half_scales;        // scales are float16, else float32
+  const float* offset;     // [tiles, groups, 16], or NULL for none
+  const float* bias;       // [N], or NULL for none
+};
+
+constexpr int64_t kMaxTaskTiles = 32;  // tiles in a task: bounds the accumulators that it keeps on its stack
+constexpr int64_t kTaskRows = 32;      // rows of X in a task
+
+}  // namespace qbb::core

@@ -1,0 +1,336 @@
+// ONNX Runtime on one side, include/qbb/ops.h on the other. No arithmetic here.
+//
+// ONNX Runtime matches a node to a custom op by the types of its inputs, and older versions cannot leave a type open.
+// So four ops of one name are registered: X float32 or float16, times S float32 or float16.
+#include <cstdio>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "ort/abi.h"
+#include "qbb/ops.h"
+
+namespace qbb::ort {
+namespace {
+
+constexpr size_t kX = 0, kB = 1, kS = 2, kZ = 3, kC = 4, kInputs = 5;
+const char* const kInputNames[kInputs] = {"X", "B (planes)", "S (scales)", "Z (offset)", "C (bias)"};
+
+struct Op : CustomOp {
+  const Api* api;
+  ElementType x, s;
+};
+
+// Holds a failed status of the runtime, or a mistake of ours, on its way to the caller.
+class Failure {
+ public:
+  Failure(ErrorCode code, std::string text) : code_(code), text_(std::move(text)) {}
+  ErrorCode code() const { return code_; }
+  const std::string& text() const { return text_; }
+
+ private:
+  ErrorCode code_;
+  std::string text_;
+};
+
+// Takes over a status: NULL is success, anything else becomes a Failure.
+void check(const Api* api, Status* status) {
+  if (status == nullptr) return;
+  const std::string text = GetErrorMessage(api, status);
+  ReleaseStatus(api, status);
+  throw Failure(kFail, text);
+}
+
+// Runs `body`; whatever it throws becomes a status that begins with `where`.
+template <class Body>
+Status* guard(const Api* api, const std::string& where, Body body) noexcept {
+  try {
+    body();
+    return nullptr;
+  } catch (const Failure& f) {
+    return CreateStatus(api, f.code(), (where + ": " + f.text()).c_str());
+  } catch (const std::bad_alloc&) {
+    return CreateStatus(api, kFail, "qbb: out of memory");
+  } catch (...) {
+    return CreateStatus(api, kFail, "qbb: unexpected failure");
+  }
+}
+
+void check(qbb_status status, const char* error) {
+  if (status != QBB_OK) throw Failure(status == QBB_INVALID ? kInvalidArgument : kFail, error);
+}
+
+// Type and dims of a tensor.
+struct Shape {
+  ElementType type = kUndefined;
+  std::vector<int64_t> dims;
+
+  Shape(const Api* api, const Value* value) {
+    TensorInfo* info = nullptr;
+    check(api, GetTensorTypeAndShape(api, value, &info));
+    const auto release = [api](TensorInfo* p) { ReleaseTensorTypeAndShapeInfo(api, p); };
+    const std::unique_ptr<TensorInfo, decltype(release)> owner(info, release);
+    read(api, info);
+  }
+  Shape(const Api* api, const TensorInfo* info) { read(api, info); }
+
+  std::string text() const {
+    std::string out = "[";
+    for (size_t i = 0; i < dims.size(); ++i) out += (i ? ", " : "") + std::to_string(dims[i]);
+    return out + "]";
+  }
+
+ private:
+  void read(const Api* api, const TensorInfo* info) {
+    size_t rank = 0;
+    check(api, GetTensorElementType(api, info, &type));
+    check(api, GetDimensionsCount(api, info, &rank));
+    dims.resize(rank);
+    check(api, GetDimensions(api, info, dims.data(), rank));
+  }
+};
+
+struct Kernel {
+  const Api* api;
+  std::string where;  // the node, for messages
+  ElementType x;
+  int64_t K, N;
+  qbb_kernel* kernel = nullptr;
+
+  ~Kernel() { qbb_kernel_destroy(kernel); }
+};
+
+std::string node_name(const Api* api, const KernelInfo* info) {
+  std::string where = std::string("node ") + QBB_DOMAIN + "::" + QBB_OP_TYPE;
+  size_t size = 0;
+  Status* status = KernelInfo_GetNodeName(api, info, nullptr, &size);  // asks for the size, the final zero included
+  std::string name(size, '\0');
+  if (status == nullptr && size > 0) status = KernelInfo_GetNodeName(api, info, &name[0], &size);
+  if (status != nullptr) {  // a nameless node is no reason to fail
+    ReleaseStatus(api, status);
+    return where;
+  }
+  name.resize(size > 0 ? size - 1 : 0);
+  return where + " '" + name + "'";
+}
+
+int64_t attribute(const Api* api, const KernelInfo* info, const char* name) {
+  int64_t value = 0;
+  Status* status = KernelInfoGetAttribute_int64(api, info, name, &value);
+  if (status != nullptr) {
+    ReleaseStatus(api, status);
+    throw Failure(kInvalidArgument, std::string("missing attribute ") + name + "; expected an integer; got none");
+  }
+  return value;
+}
+
+// A constant input as the core wants it. `dims` owns what the tensor points at.
+qbb_tensor constant(const Api* api, const KernelInfo* info, size_t index, std::vector<int64_t>* dims) {
+  int is_constant = 0;
+  const Value* value = nullptr;
+  check(api, KernelInfoGetConstantInput_tensor(api, info, index, &is_constant, &value));  // borrowed
+  if (is_constant == 0 || value == nullptr) {
+    throw Failure(kInvalidArgument, std::string("input ") + kInputNames[index] +
+                                        " is not constant; expected an initializer; got a computed or a graph input");
+  }
+  Shape shape(api, value);
+  *dims = std::move(shape.dims);
+  void* data = nullptr;
+  check(api, GetTensorMutableData(api, const_cast<Value*>(value), &data));  // there is no other getter; only read
+  return qbb_tensor{data, dims->data(), static_cast<int32_t>(dims->size()), static_cast<int32_t>(shape.type)};
+}
+
+Status* QBB_ORT_CALL create(const CustomOp* op, const Api* api, const KernelInfo* info, void** out) {
+  std::string where = "qbb";
+  try {
+    where = node_name(api, info);
+  } catch (const std::bad_alloc&) {
+  }
+  return guard(api, where, [&] {
+    size_t count = 0;
+    check(api, KernelInfo_GetInputCount(api, info, &count));
+    if (count != kInputs) {
+      throw Failure(kInvalidArgument, "wrong number of inputs; expected 5; got " + std::to_string(count));
+    }
+    const auto get = [&](const char* name) { return attribute(api, info, name); };
+    std::vector<int64_t> dims[kInputs];
+    const int64_t format = get("format");  // first: a newer format may have other attributes
+    const qbb_matrix matrix{get("K"),
+                            get("N"),
+                            get("bases"),
+                            get("group_size"),
+                            get("layout"),
+                            format,
+                            constant(api, info, kB, &dims[kB]),
+                            constant(api, info, kS, &dims[kS]),
+                            constant(api, info, kZ, &dims[kZ]),
+                            constant(api, info, kC, &dims[kC])};
+    std::unique_ptr<Kernel> kernel(new Kernel{api, where, static_cast<const Op*>(op)->x, matrix.K, matrix.N});
+    char error[512];
+    check(qbb_kernel_create(&matrix, nullptr, &kernel->kernel, error, sizeof error), error);
+    *out = kernel.release();
+  });
+}
+
+// Carries qbb_parallel_for over to the runtime's own thread pool.
+struct Pool {
+  const Api* api;
+  const KernelContext* context;
+  Status* status = nullptr;
+};
+
+struct Task {
+  void (*run)(void* arg, int64_t i);
+  void* arg;
+};
+
+void parallel_for(void* pool_, int64_t count, void (*run)(void* arg, int64_t i), void* arg) {
+  Pool& pool = *static_cast<Pool*>(pool_);
+  Task task{run, arg};
+  const auto step = [](void* t, size_t i) {
+    static_cast<Task*>(t)->run(static_cast<Task*>(t)->arg, static_cast<int64_t>(i));
+  };
+  // As many batches as tasks: threads then take the next task when they are done, not a fixed share.
+  pool.status = KernelContext_ParallelFor(pool.api, pool.context, step, static_cast<size_t>(count),
+                                          static_cast<size_t>(count), &task);
+}
+
+Status* QBB_ORT_CALL compute(void* kernel_, KernelContext* context) {
+  const Kernel& k = *static_cast<const Kernel*>(kernel_);
+  const Api* api = k.api;
+  return guard(api, k.where, [&] {
+    const Value* x = nullptr;
+    check(api, KernelContext_GetInput(api, context, kX, &x));
+    if (x == nullptr) throw Failure(kInvalidArgument, "missing input X; expected a tensor; got none");
+    Shape shape(api, x);
+    if (shape.type != k.x) {
+      throw Failure(kInvalidArgument, "wrong type of X; expected ONNX type " + std::to_string(k.x) + "; got " +
+                                          std::to_string(shape.type));
+    }
+    if (shape.dims.empty() || shape.dims.back() != k.K) {
+      throw Failure(kInvalidArgument,
+                    "wrong shape of X; expected [..., " + std::to_string(k.K) + "]; got " + shape.text());
+    }
+    int64_t M = 1;
+    for (size_t i = 0; i + 1 < shape.dims.size(); ++i) M *= shape.dims[i];  // the tensor exists, so it fits
+    shape.dims.back() = k.N;
+    Value* y = nullptr;
+    check(api, KernelContext_GetOutput(api, context, 0, shape.dims.data(), shape.dims.size(), &y));
+    if (M == 0) return;
+    void* from = nullptr;
+    void* to = nullptr;
+    check(api, GetTensorMutableData(api, const_cast<Value*>(x), &from));
+    check(api, GetTensorMutableData(api, y, &to));
+    Pool pool{api, context};
+    char error[512];
+    const qbb_status status = qbb_kernel_run(k.kernel, k.x, M, from, to, parallel_for, &pool, error, sizeof error);
+    check(api, pool.status);
+    check(status, error);
+  });
+}
+
+// [..., K] to [..., N]. The runtime ignores what goes wrong here, so compute() checks everything again.
+Status* QBB_ORT_CALL infer_shape(const CustomOp* op, ShapeContext* context) {
+  const Api* api = static_cast<const Op*>(op)->api;
+  return guard(api, "qbb", [&] {
+    TensorInfo* input = nullptr;
+    check(api, ShapeInferContext_GetInputTypeShape(api, context, kX, &input));  // the context's, not ours
+    Shape shape(api, input);
+    const size_t rank = shape.dims.size();
+    if (rank == 0) return;  // unknown
+    std::vector<const char*> names(rank, "");
+    check(api, GetSymbolicDimensions(api, input, names.data(), rank));
+    const OpAttr* attr = nullptr;
+    check(api, ShapeInferContext_GetAttribute(api, context, "N", &attr));
+    int64_t N = 0;
+    size_t read = 0;
+    check(api, ReadOpAttr(api, attr, kAttrInt, &N, sizeof N, &read));
+    shape.dims.back() = N;
+    names.back() = "";
+    TensorInfo* output = nullptr;
+    check(api, CreateTensorTypeAndShapeInfo(api, &output));
+    const auto release = [api](TensorInfo* p) { ReleaseTensorTypeAndShapeInfo(api, p); };
+    const std::unique_ptr<TensorInfo, decltype(release)> owner(output, release);
+    // Not the op's own type: the runtime asks one of the four ops on behalf of all.
+    check(api, SetTensorElementType(api, output, shape.type));
+    check(api, SetDimensions(api, output, shape.dims.data(), rank));
+    check(api, SetSymbolicDimensions(api, output, names.data(), rank));
+    check(api, ShapeInferContext_SetOutputTypeShape(api, context, 0, output));
+  });
+}
+
+Op make_op(const Api* api, ElementType x, ElementType s) {
+  Op op{};
+  op.version = kApiVersion;
+  op.GetName = [](const CustomOp*) -> const char* { return QBB_OP_TYPE; };
+  op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };  // CPU
+  op.GetInputType = [](const CustomOp* o, size_t i) -> ElementType {
+    switch (i) {
+      case kX: return static_cast<const Op*>(o)->x;
+      case kB: return kUint32;
+      case kS: return static_cast<const Op*>(o)->s;
+      default: return kFloat;
+    }
+  };
+  op.GetInputTypeCount = [](const CustomOp*) -> size_t { return kInputs; };
+  op.GetOutputType = [](const CustomOp* o, size_t) -> ElementType { return static_cast<const Op*>(o)->x; };
+  op.GetOutputTypeCount = [](const CustomOp*) -> size_t { return 1; };
+  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.GetInputCharacteristic = [](const CustomOp*, size_t) -> Characteristic { return kRequired; };
+  op.GetOutputCharacteristic = [](const CustomOp*, size_t) -> Characteristic { return kRequired; };
+  op.GetInputMemoryType = [](const CustomOp*, size_t) -> MemType { return kDefault; };
+  op.CreateKernelV2 = create;
+  op.KernelComputeV2 = compute;
+  op.InferOutputShapeFn = infer_shape;
+  op.GetStartVersion = [](const CustomOp*) -> int { return QBB_OPSET_VERSION; };
+  op.GetEndVersion = [](const CustomOp*) -> int { return QBB_OPSET_VERSION; };
+  op.api = api;
+  op.x = x;
+  op.s = s;
+  return op;
+}
+
+// One set of ops for each runtime in the process. Sessions keep pointers to them and nothing tells when the last one
+// is gone, so they are never freed; registering again adds nothing.
+struct Registration {
+  const Api* api;
+  CustomOpDomain* domain = nullptr;
+  Op ops[4];
+};
+
+CustomOpDomain* domain_for(const Api* api) {
+  static std::mutex mutex;
+  static auto* all = new std::vector<Registration*>();
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (const Registration* r : *all) {
+    if (r->api == api) return r->domain;
+  }
+  std::unique_ptr<Registration> r(new Registration{api,
+                                                   nullptr,
+                                                   {make_op(api, kFloat, kFloat16), make_op(api, kFloat, kFloat),
+                                                    make_op(api, kFloat16, kFloat16), make_op(api, kFloat16, kFloat)}});
+  all->reserve(all->size() + 1);
+  check(api, CreateCustomOpDomain(api, QBB_DOMAIN, &r->domain));
+  for (const Op& op : r->ops) check(api, CustomOpDomain_Add(api, r->domain, &op));
+  all->push_back(r.get());
+  return r.release()->domain;
+}
+
+}  // namespace
+}  // namespace qbb::ort
+
+// The name that SessionOptions.register_custom_ops_library looks for.
+extern "C" QBB_EXPORT qbb::ort::Status* QBB_ORT_CALL RegisterCustomOps(qbb::ort::SessionOptions* options,
+                                                                       const qbb::ort::ApiBase* base) {
+  using namespace qbb::ort;
+  const Api* api = base->get_api(kApiVersion);
+  if (api == nullptr) {
+    // Any runtime has version 1, which is enough to say so.
+    const std::string text =
+        std::string("qbb: ONNX Runtime too old; expected 1.17 or newer; got ") + base->get_version();
+    return CreateStatus(base->get_api(1), kNotImplemented, text.c_str());
+  }
+  return guard(api, "qbb", [&] { check(api, AddCustomOpDomain(api, options, domain_for(api))); });
+}

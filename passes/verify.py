@@ -1,0 +1,158 @@
+"""What is legal in a finished file, as a table. Run at the end of an export and again when a file is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import onnx_ir as ir
+
+from qbb_export.errors import QbbError
+from qbb_export.format import DOMAIN, OP_TYPE, OPSET_VERSION, Spec
+from qbb_export.passes.function_body import binary_basis_nodes, function_body
+
+# Domains that ONNX Runtime itself serves.
+KNOWN_DOMAINS = frozenset(
+    {"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.microsoft.experimental", DOMAIN}
+)
+_ATTRIBUTES = ("K", "N", "bases", "group_size", "layout", "format")
+_INPUTS = ("X", "B", "S", "Z", "C")
+_TYPES: dict[str, frozenset[ir.DataType]] = {
+    "X": frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16}),
+    "B": frozenset({ir.DataType.UINT32}),
+    "S": frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16}),
+    "Z": frozenset({ir.DataType.FLOAT}),
+    "C": frozenset({ir.DataType.FLOAT}),
+}
+
+Problem = tuple[str, object, object]  # what, expected, got
+
+
+def node_spec(node: ir.Node) -> Spec:
+    """The attributes of a node.
+
+    Raises:
+        QbbError: an attribute is missing or unknown, is no integer, or has a value that format 1 does not have.
+    """
+    where = f"node '{node.name}'"
+    if set(node.attributes) != set(_ATTRIBUTES):
+        raise QbbError("wrong attributes", where=where, expected=list(_ATTRIBUTES), got=sorted(node.attributes))
+    values: dict[str, int] = {}
+    for name in _ATTRIBUTES:
+        attribute = node.attributes[name]
+        if attribute.type != ir.AttributeType.INT or attribute.is_ref():
+            raise QbbError(f"attribute {name} is no integer", where=where, expected="int", got=attribute.type.name)
+        values[name] = attribute.as_int()
+    try:
+        return Spec(**values)
+    except QbbError as error:
+        raise QbbError(str(error), where=where) from None
+
+
+def _inputs_present(node: ir.Node, spec: Spec) -> Iterator[Problem]:
+    if len(node.inputs) != len(_INPUTS) or any(value is None for value in node.inputs):
+        yield "wrong inputs", "X, B, S, Z, C, none left out", [value and value.name for value in node.inputs]
+    if len(node.outputs) != 1:
+        yield "wrong number of outputs", 1, len(node.outputs)
+
+
+def _types(node: ir.Node, spec: Spec) -> Iterator[Problem]:
+    for name, value in zip(_INPUTS, node.inputs, strict=False):
+        if value is not None and value.dtype is not None and value.dtype not in _TYPES[name]:
+            yield f"wrong type of {name}", " or ".join(sorted(t.name for t in _TYPES[name])), value.dtype.name
+
+
+def _shapes(node: ir.Node, spec: Spec) -> Iterator[Problem]:
+    allowed: dict[str, list[tuple[int, ...]]] = {
+        "B": [spec.planes_shape],
+        "S": [spec.scales_shape],
+        "Z": [spec.offset_shape, (1, 1)],
+        "C": [(spec.N,), (1,)],
+    }
+    for name, value in zip(_INPUTS[1:], node.inputs[1:], strict=False):
+        if value is None:
+            continue
+        tensor = value.const_value
+        if not value.is_initializer() or value.is_graph_input() or tensor is None:
+            yield f"{name} is not constant", "an initializer", value.name
+        elif tuple(tensor.shape.numpy()) not in allowed[name]:
+            yield f"wrong shape of {name}", list(allowed[name][0]), list(tensor.shape.numpy())
+        elif tensor.dtype not in _TYPES[name]:
+            yield f"wrong type of {name}", " or ".join(sorted(t.name for t in _TYPES[name])), tensor.dtype.name
+
+
+def _activation(node: ir.Node, spec: Spec) -> Iterator[Problem]:
+    shape = None if not node.inputs or node.inputs[0] is None else node.inputs[0].shape
+    if shape is not None and (len(shape) == 0 or (isinstance(shape[-1], int) and shape[-1] != spec.K)):
+        yield "wrong shape of X", f"[..., {spec.K}]", str(shape)
+
+
+# One rule a line; the first problem found is the one reported.
+NODE_RULES: tuple[Callable[[ir.Node, Spec], Iterator[Problem]], ...] = (
+    _inputs_present,
+    _types,
+    _shapes,
+    _activation,
+)
+
+
+class VerifyBinaryBasis(ir.passes.InPlacePass):
+    """Refuse a model that breaks one of the rules. Changes nothing.
+
+    1. every operator domain is known to ONNX Runtime, is ours, or has its functions in the file
+    2. our domain holds nothing but ``BinaryBasisMatMul``, at opset version 1
+    3. attributes of each node are those of format 1 (``node_spec``)
+    4. each node passes ``NODE_RULES``
+    5. the function body is the one that this release would attach
+
+    Visits the main graph and its subgraphs, and the functions for rule 1.
+
+    Raises:
+        QbbError: naming the node, what is wrong, what was expected and what was found.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        _check_domains(model)
+        nodes = binary_basis_nodes(model)
+        for node in nodes:
+            spec = node_spec(node)  # rule 3
+            for rule in NODE_RULES:  # rule 4
+                for what, expected, got in rule(node, spec):
+                    raise QbbError(what, where=f"node '{node.name}'", expected=expected, got=got)
+        _check_body(model, nodes)
+        return ir.passes.PassResult(model, False)
+
+
+def _check_domains(model: ir.Model) -> None:
+    local = {(function.domain, function.name) for function in model.functions.values()}
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        for node in ir.traversal.RecursiveGraphIterator(graph.graph if isinstance(graph, ir.Function) else graph):
+            if node.domain not in KNOWN_DOMAINS and (node.domain, node.op_type) not in local:  # rule 1
+                raise QbbError(
+                    "operator of an unknown domain",
+                    where=f"node '{node.name}'",
+                    expected="a domain of ONNX Runtime or a function in the file",
+                    got=f"{node.domain}::{node.op_type}",
+                )
+            if node.domain == DOMAIN and node.op_type != OP_TYPE:  # rule 2
+                raise QbbError(
+                    "unknown operator", where=f"node '{node.name}'", expected=OP_TYPE, got=f"{DOMAIN}::{node.op_type}"
+                )
+    version = model.opset_imports.get(DOMAIN, OPSET_VERSION)
+    if version != OPSET_VERSION:
+        raise QbbError("unknown version of our operators", where="opset_import", expected=OPSET_VERSION, got=version)
+
+
+def _check_body(model: ir.Model, nodes: list[ir.Node]) -> None:
+    ours = [function for function in model.functions.values() if function.domain == DOMAIN]
+    if not nodes:
+        return
+    if len(ours) != 1:
+        raise QbbError("function body is missing", where=OP_TYPE, expected="one function", got=len(ours))
+    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+    dtypes = {node.inputs[0].dtype for node in nodes if node.inputs[0] is not None}
+    expected = function_body(
+        node_spec(nodes[0]).layout, opset, dtypes.pop() if opset < 15 and len(dtypes) == 1 else None
+    )
+    if ir.to_proto(expected).SerializeToString() != ir.to_proto(ours[0]).SerializeToString():  # rule 5
+        raise QbbError("function body is not ours", where=OP_TYPE, expected="the body of format 1", got="another one")

@@ -1,0 +1,203 @@
+"""Read model files, and write ``model.onnx`` with one external data file that bears its own SHA-256 as name.
+
+The rename of ``model.onnx`` is the commit point: before it the old file and its data are untouched, after it the new
+ones are complete. A graph can therefore never be paired with another graph's weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from qbb_export.errors import QbbError
+
+# Protocol buffers cannot hold more.
+_MAX_GRAPH_BYTES = 2**31
+# Smaller initializers stay in the graph, where shape inference and constant folding see them.
+EXTERNAL_FROM_BYTES = 4096
+# ONNX Runtime maps page-aligned data in place instead of copying it.
+PAGE = 4096
+_DATA_NAME = re.compile(r"\.([0-9a-f]{64})\.data")
+
+OnTensor = Callable[[int, int], None]
+
+
+def read_graph(path: Path) -> ir.Model:
+    """Read an .onnx file's graph. Weights in external files are mapped only when they are asked for.
+
+    Raises:
+        QbbError: no such file, not an ONNX model, or external data that is missing, too short or outside the folder.
+    """
+    if not path.is_file():
+        raise QbbError("no such file", where=path, expected="an .onnx file", got="a folder" if path.is_dir() else None)
+    if path.stat().st_size >= _MAX_GRAPH_BYTES:
+        raise QbbError("graph is too large", where=path, expected="< 2 GiB", got=f"{path.stat().st_size} bytes")
+    try:
+        proto = onnx.load(path, load_external_data=False)
+        if not proto.HasField("graph") or not proto.opset_import:
+            raise ValueError("no graph in it")
+        model = ir.from_proto(proto)
+    except Exception as error:  # every parser has its own exception types
+        raise QbbError("not an ONNX model", where=path, got=f"{type(error).__name__}: {error}") from error
+    for graph in model.graphs():
+        ir.external_data.set_base_dir(graph, path.parent)
+    for tensor in external_tensors(model):
+        _check_external(tensor, path)
+    return model
+
+
+def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """Tensors kept outside the graph's file: initializers and attributes, subgraphs and functions included."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        for node in graph.all_nodes():
+            for attribute in node.attributes.values():
+                if not attribute.is_ref() and isinstance(attribute.value, ir.ExternalTensor):
+                    yield attribute.value
+
+
+def _check_external(tensor: ir.ExternalTensor, path: Path) -> None:
+    """Accept bare file names beside the model only.
+
+    *Why:* a path that leaves the folder would let a model read any file of the user (CVE-2022-25882, CVE-2024-27318
+    and CVE-2026-27489 were of that kind).
+    """
+    location = str(tensor.location)
+    where = f"{path}, tensor '{tensor.name}'"
+    target = path.parent / location
+    bare = bool(location) and "/" not in location and "\\" not in location and location not in (".", "..")
+    if not bare or target.resolve().parent != path.parent.resolve():
+        raise QbbError(
+            "external data leaves the model's folder", where=where, expected="a file beside it", got=location
+        )
+    if not target.is_file():
+        raise QbbError("external data is missing", where=where, expected=target.name)
+    offset, length = tensor.offset or 0, tensor.length or 0
+    available = target.stat().st_size
+    if offset < 0 or length < 0 or offset + max(length, tensor.nbytes) > available:
+        raise QbbError(
+            "external data is too short",
+            where=where,
+            expected=f"{offset + max(length, tensor.nbytes)} bytes",
+            got=f"{available} bytes in {location}",
+        )
+
+
+def data_digest(name: str) -> str | None:
+    """The SHA-256 in the name of a data file of ours, or None for a file of another make."""
+    match = _DATA_NAME.search(name)
+    return match.group(1) if match and name.endswith(match.group(0)) else None
+
+
+def check_writable(path: Path, *, force: bool) -> None:
+    """Refuse an output that cannot or must not be written, before any work is done.
+
+    Raises:
+        QbbError: missing or unwritable folder, a folder in the file's place, or an existing file without ``force``.
+    """
+    folder = path.parent
+    if path.suffix != ".onnx":
+        raise QbbError("output has a wrong suffix", where=path, expected="a path ending in .onnx", got=path.suffix)
+    if not folder.is_dir():
+        raise QbbError("output folder does not exist", where=path, expected="an existing folder", got=folder)
+    if path.is_dir():
+        raise QbbError("output is a folder", where=path, expected="a file name", got="a folder")
+    if not os.access(folder, os.W_OK):
+        raise QbbError("output folder is not writable", where=path, expected="write permission", got=folder)
+    if path.exists() and not force:
+        raise QbbError("output exists already (--force replaces it)", where=path)
+
+
+def save(model: ir.Model, path: Path, *, on_tensor: OnTensor | None = None) -> int:
+    """Write ``model`` to ``path`` and its large initializers beside it.
+
+    Tensors are read and written one at a time. The model's initializers refer to the written file afterwards.
+
+    Args:
+        model: the finished graph.
+        path: ends in ``.onnx``; an existing file is replaced.
+        on_tensor: called with (tensors written, tensors in all).
+
+    Returns:
+        Bytes written, graph and data.
+
+    Raises:
+        QbbError: the disk is full or the folder cannot be written; what was there before is left as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary_data = temporary.with_suffix(".data")
+    try:
+        ir.external_data.unload_from_model(
+            model,
+            path.parent,
+            temporary_data.name,
+            size_threshold_bytes=EXTERNAL_FROM_BYTES,
+            alignment=PAGE,
+            align_threshold=EXTERNAL_FROM_BYTES,
+            callback=None if on_tensor is None else lambda _, info: on_tensor(info.index + 1, info.total),
+        )
+        data = None
+        if temporary_data.exists():
+            data = path.with_name(f"{path.stem}.{_sha256_and_sync(temporary_data)}.data")
+            _point_to(model, data.name)
+        _write_and_sync(temporary, ir.to_proto(model).SerializeToString(deterministic=True))
+        if data is not None:
+            temporary_data.replace(data)
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise QbbError("cannot write the model", where=path, got=error.strerror or str(error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+        temporary_data.unlink(missing_ok=True)
+    for stale in path.parent.glob(f"{path.stem}.*.data"):
+        if data_digest(stale.name) and stale != data and stale.name[: -len(".data") - 65] == path.stem:
+            stale.unlink()
+    return path.stat().st_size + (data.stat().st_size if data is not None else 0)
+
+
+def _point_to(model: ir.Model, location: str) -> None:
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                value.const_value = ir.ExternalTensor(
+                    location,
+                    tensor.offset,
+                    tensor.length,
+                    tensor.dtype,
+                    shape=tensor.shape,
+                    name=value.name or "",
+                    base_dir=tensor.base_dir,
+                )
+
+
+def _sha256_and_sync(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    return digest
+
+
+def _write_and_sync(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

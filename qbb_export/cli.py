@@ -1,0 +1,242 @@
+"""The command line: ``qbb-export MODEL -o model.onnx``, and ``qbb VERB`` for everything."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qbb_export.errors import QbbError
+
+if TYPE_CHECKING:
+    from qbb_export.pipeline import ExportReport
+
+EXIT_BAD_INPUT = 2
+EXIT_DISAGREES = 1
+EXIT_INTERRUPTED = 130
+
+_messages = Console(stderr=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a usage error in one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise QbbError(message, where=self.prog)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``qbb VERB …``; returns the exit code."""
+    parser = _Parser(prog="qbb", description="Language and embedding models as sums of binary matrices, in ONNX.")
+    parser.add_argument("--version", action="version", version=version("qbb-export"))
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=_Parser)
+    export = verbs.add_parser("export", help="quantise a model and write it as ONNX (same as qbb-export)")
+    _add_export_arguments(export)
+    evaluate = verbs.add_parser("eval", help="perplexity of a language model on a text")
+    _add_eval_arguments(evaluate)
+    library = verbs.add_parser("library", help="print the path for RegisterCustomOpsLibrary")
+    library.add_argument("--json", action="store_true", help="also tell version, layouts and instruction sets")
+    library.set_defaults(run=_run_library)
+    return _run(parser, arguments)
+
+
+def export_main(arguments: Sequence[str] | None = None) -> int:
+    """``qbb-export MODEL -o model.onnx``; returns the exit code."""
+    parser = _Parser(prog="qbb-export", description="Quantise a model into binary bases and write it as ONNX.")
+    parser.add_argument("--version", action="version", version=version("qbb-export"))
+    _add_export_arguments(parser)
+    return _run(parser, arguments)
+
+
+def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+    try:
+        options = parser.parse_args(arguments)
+        code: int = options.run(options)
+        return code
+    except QbbError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last finished layer", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description:<18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_messages) as progress:
+        yield progress
+
+
+# export -------------------------------------------------------------------------------------------------------------
+
+
+def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", metavar="MODEL", help="Hugging Face folder or hub id, .onnx, .safetensors, .pt, .pt2")
+    add("-o", "--output", type=Path, required=True, metavar="FILE.onnx", help="where to write")
+    add("--force", action="store_true", help="replace an existing output")
+    add("--no-verify", action="store_true", help="do not open and compare the written file")
+    add("--record", type=Path, metavar="DIR", help="per-layer results, for resuming (default: FILE.qbb)")
+    quantize = parser.add_argument_group("quantisation")
+    quantize.add_argument("--recipe", choices=("fast", "greedy", "float"), default="fast", help="default: fast")
+    quantize.add_argument("--bases", type=int, metavar="N", help="binary matrices per layer, 1..8")
+    quantize.add_argument("--group-size", type=int, metavar="G", help="inputs per scale: 0 (whole row), 32, 64, 128, …")
+    quantize.add_argument(
+        "--offset", action=argparse.BooleanOptionalAction, default=None, help="one more number per group: its mean"
+    )
+    quantize.add_argument("--device", default="cpu", help="where to quantise: cpu, cuda, cuda:1, …")
+    layers = parser.add_argument_group(
+        "layers (default: the linear layers of all blocks; not embeddings, not the head)"
+    )
+    layers.add_argument("--include", action="append", default=[], metavar="PATTERN", help="also these, e.g. lm_head")
+    layers.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="not these, e.g. '*.0.*'")
+    layers.add_argument("--layer", action="append", default=[], metavar="PATTERN:KEY=VALUE,…", help="other settings")
+    loading = parser.add_argument_group("opening MODEL")
+    loading.add_argument("--model", metavar="MODULE:CALLABLE", help="builds the module for a state dict")
+    loading.add_argument("--config", type=Path, metavar="DIR", help="Hugging Face folder that fits a state dict")
+    loading.add_argument("--input", action="append", default=[], metavar="NAME:DTYPE[DIMS]", help="a graph input")
+    loading.add_argument("--trust-pickle", action="store_true", help="allow a file that runs code when it is loaded")
+    parser.add_argument("--layout", choices=("tiled", "rows"), default="tiled", help="order of the packed words")
+    parser.set_defaults(run=_run_export)
+
+
+def _run_export(options: argparse.Namespace) -> int:
+    from qbb_export.format import LAYOUT_ROWS, LAYOUT_TILED
+    from qbb_export.load import InputSpec, LoadOptions
+    from qbb_export.pipeline import ExportOptions, export
+    from qbb_export.quantize import QuantizeSettings
+    from qbb_export.select import Override, Selection
+
+    given = {"bases": options.bases, "group_size": options.group_size, "offset": options.offset}
+    settings = QuantizeSettings(**{key: value for key, value in given.items() if value is not None})
+    export_options = ExportOptions(
+        recipe=options.recipe,
+        settings=settings,
+        selection=Selection(
+            tuple(options.include), tuple(options.exclude), tuple(Override.parse(text) for text in options.layer)
+        ),
+        load=LoadOptions(
+            options.model, options.config, options.trust_pickle, tuple(InputSpec.parse(text) for text in options.input)
+        ),
+        layout=LAYOUT_TILED if options.layout == "tiled" else LAYOUT_ROWS,
+        device=options.device,
+        record=options.record,
+        force=options.force,
+        verify=not options.no_verify,
+    )
+    with _progress() as progress:
+        tasks: dict[str, int] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+
+        report = export(options.source, options.output, export_options, tell)
+    _print_report(report, verified=export_options.verify)
+    return 0 if report.ok else EXIT_DISAGREES
+
+
+def _print_report(report: ExportReport, *, verified: bool) -> None:
+    out = Console()
+    summary = Table(title=str(report.output), show_header=False, title_style="bold")
+    summary.add_row("quantised layers", str(len(report.layers)))
+    if report.layers:
+        worst = max(report.layers, key=lambda layer: layer.relative_error)
+        mean = sum(layer.relative_error for layer in report.layers) / len(report.layers)
+        summary.add_row("bits per weight", f"{report.bits_per_weight:.3f} (scales counted)")
+        summary.add_row("their size", f"{_size(report.packed_bytes)} (float32: {_size(report.float_bytes)})")
+        summary.add_row("mean squared error", f"{mean:.2e} of the weights' energy")
+        summary.add_row("worst layer", f"{worst.name} ({worst.relative_error:.2e})")
+    summary.add_row("file, data included", _size(report.file_bytes))
+    out.print(summary)
+    if not verified:
+        out.print("not verified (--no-verify)")
+        return
+    table = Table(title="verification", title_style="bold")
+    for column in ("comparison", "output", "largest difference", "cosine", "bound", ""):
+        table.add_column(column, justify="left" if column in ("comparison", "output", "") else "right")
+    for row in report.comparisons:
+        mark = "" if row.bound is None else "ok" if row.ok else "FAILED"
+        bound = "-" if row.bound is None else f"{row.bound:.0e}"
+        table.add_row(row.what, row.output, f"{row.error:.1e}", f"{row.cosine:.6f}", bound, mark)
+    out.print(table)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+# eval ---------------------------------------------------------------------------------------------------------------
+
+
+def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", type=Path, metavar="MODEL.onnx", help="a graph with input_ids and logits")
+    add("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
+    add("--window", type=int, default=1024, help="tokens per window (default 1024)")
+    add("--windows", type=int, metavar="N", help="stop after so many windows")
+    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json (default: the one beside the model)")
+    add("--no-library", action="store_true", help="run the function body instead of our kernel")
+    add("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_run_eval)
+
+
+def _run_eval(options: argparse.Namespace) -> int:
+    from qbb_export.evaluate import perplexity
+
+    with _progress() as progress:
+        task = progress.add_task("windows", total=None)
+        result = perplexity(
+            options.model,
+            options.text,
+            window=options.window,
+            tokenizer=options.tokenizer,
+            library=not options.no_library,
+            max_windows=options.windows,
+            on_window=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    if options.json:
+        print(json.dumps({"model": str(options.model), "text": str(options.text), **asdict(result)}))
+        return 0
+    table = Table()
+    for column in ("model", "perplexity", "nats per token", "tokens", "windows"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    table.add_row(
+        options.model.name, f"{result.perplexity:.4f}", f"{result.nll:.5f}", str(result.tokens), str(result.windows)
+    )
+    Console().print(table)
+    return 0
+
+
+# library ------------------------------------------------------------------------------------------------------------
+
+
+def _run_library(options: argparse.Namespace) -> int:
+    from qbb_export.custom_ops import library_info
+
+    info = library_info()
+    print(json.dumps(asdict(info), default=str) if options.json else info.path)
+    return 0

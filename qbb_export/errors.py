@@ -1,0 +1,27 @@
+"""The one exception type that users see: what went wrong, where, what was expected, what was found."""
+
+from __future__ import annotations
+
+
+class QbbError(Exception):
+    """A mistake in what was handed to us, told in one line.
+
+    The command line prints it as it is and exits with code 2; nothing is left half-written.
+
+    Args:
+        what: the mistake, e.g. ``"weights hold NaN or Inf"``.
+        where: file, layer, node or option it was found in.
+        expected: what would have been right.
+        got: what was found instead.
+    """
+
+    def __init__(self, what: str, *, where: object = None, expected: object = None, got: object = None) -> None:
+        self.what = what
+        self.where = where
+        parts = [what if where is None else f"{where}: {what}"]
+        if expected is not None:
+            parts.append(f"expected {expected}")
+        if got is not None:
+            parts.append(f"got {got}")
+        # A path or a foreign message may hold line breaks; one mistake stays one line.
+        super().__init__(" ".join("; ".join(parts).split()))

@@ -1,0 +1,267 @@
+"""MODEL to ``model.onnx``: capture, quantise layer by layer, rewrite the graph, write it, verify what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from qbb_export import artifact, verification
+from qbb_export.capture import capture
+from qbb_export.errors import QbbError
+from qbb_export.format import LAYOUT_TILED, Spec, bits_per_weight, to_layout
+from qbb_export.load import LoadOptions, TorchModel
+from qbb_export.passes.binarize import BinarizeLinears, PackedLayer
+from qbb_export.passes.function_body import AttachFunctionBody
+from qbb_export.passes.linears import Linear, find_linears
+from qbb_export.passes.normalize import NormalizeLinears
+from qbb_export.passes.prepare import prepare_passes
+from qbb_export.passes.verify import VerifyBinaryBasis
+from qbb_export.quantize import Quantized, QuantizeSettings
+from qbb_export.record import Record
+from qbb_export.select import Selection, select_layers
+from qbb_export.verification import Comparison
+from qbb_export.weights import InitializerRows
+
+# Called with the name of a stage, steps done and steps in all.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to make of a model.
+
+    Args:
+        recipe: a name in ``quantize.RECIPES``, or ``"float"`` to leave every layer as it is (for comparisons).
+        settings: bases, group size and so on, for all layers that no override names.
+        selection: which layers.
+        load: how to open MODEL.
+        layout: ``LAYOUT_TILED`` or ``LAYOUT_ROWS``.
+        device: ``"cpu"``, or a PyTorch device such as ``"cuda"`` to quantise on.
+        record: folder of the per-layer results; default: ``OUTPUT`` with the suffix ``.qbb``.
+        force: replace an existing output.
+        verify: open the written file and compare.
+    """
+
+    recipe: str = "fast"
+    settings: QuantizeSettings = field(default_factory=QuantizeSettings)
+    selection: Selection = field(default_factory=Selection)
+    load: LoadOptions = field(default_factory=LoadOptions)
+    layout: int = LAYOUT_TILED
+    device: str = "cpu"
+    record: Path | None = None
+    force: bool = False
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantised matrix: its node attributes, bits per weight (scales and padding counted) and relative squared error."""
+
+    name: str
+    spec: Spec
+    bits_per_weight: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What :func:`export` did.
+
+    Attributes:
+        output: the written .onnx file.
+        file_bytes: graph and data together.
+        float_bytes: what the quantised matrices would take as float32.
+        packed_bytes: what they take now.
+        layers: one entry per quantised matrix.
+        comparisons: the verification table; empty if it was skipped.
+    """
+
+    output: Path
+    file_bytes: int
+    float_bytes: int
+    packed_bytes: int
+    layers: tuple[LayerReport, ...]
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of all quantised matrices together."""
+        return 32.0 * self.packed_bytes / self.float_bytes if self.float_bytes else 32.0
+
+    @property
+    def ok(self) -> bool:
+        """All comparisons within their bounds."""
+        return all(row.ok for row in self.comparisons)
+
+
+def export(source: str, output: Path, options: ExportOptions, progress: Progress | None = None) -> ExportReport:
+    """Quantise a model and write it as ONNX. A run that was interrupted goes on from the layers it had finished.
+
+    Args:
+        source: MODEL; see ``capture``.
+        output: ends in ``.onnx``.
+        options: what to make of it.
+        progress: told what is going on.
+
+    Raises:
+        QbbError: anything wrong with the input or the output place; nothing is written then but finished layers in the
+            record.
+    """
+    tell = progress or (lambda stage, done, total: None)
+    artifact.check_writable(output, force=options.force)
+    tell("reading the model", 0, 1)
+    model, torch_model = capture(source, options.load)
+    tell("reading the model", 1, 1)
+    prepare_passes()(model)
+    if options.recipe == "float":
+        layers: dict[str, LayerReport] = {}
+        parameters: dict[str, str] = {}
+        record = None
+    else:
+        linears, rejected = find_linears(model)
+        chosen = select_layers(model, linears, rejected, options.selection, options.settings)
+        linears = [linear for linear in linears if linear.name in chosen]
+        parameters = {linear.weight.name or "": linear.name for linear in linears}
+        record_path = options.record or output.with_suffix(".qbb")
+        with Record.open(record_path, recipe=options.recipe) as record:
+            layers = _quantize_all(linears, chosen, options, record, tell)
+        _rewrite(model, linears, layers, record)
+    common.ClearMetadataAndDocStringPass()(model)
+    model.producer_name, model.producer_version = "qbb-export", None
+    VerifyBinaryBasis()(model)
+    comparisons: list[Comparison] = []
+    feeds, float_outputs = _float_outputs(model, source, torch_model) if options.verify else ({}, None)
+    file_bytes = artifact.save(model, output, on_tensor=lambda done, total: tell("writing", done, total))
+    _write_tokenizer(torch_model, output)
+    if options.verify:
+        tell("verifying", 0, 1)
+        student = {} if record is None else {name: record.load(layer) for name, layer in parameters.items()}
+        comparisons = _verify(model, output, torch_model, student, feeds, float_outputs)
+        tell("verifying", 1, 1)
+    packed = sum(r.bits_per_weight * r.spec.K * r.spec.N / 8 for r in layers.values())
+    return ExportReport(
+        output=output,
+        file_bytes=file_bytes,
+        float_bytes=sum(4 * r.spec.K * r.spec.N for r in layers.values()),
+        packed_bytes=round(packed),
+        layers=tuple(layers.values()),
+        comparisons=tuple(comparisons),
+    )
+
+
+def _quantize_all(
+    linears: list[Linear],
+    chosen: Mapping[str, QuantizeSettings],
+    options: ExportOptions,
+    record: Record,
+    tell: Progress,
+) -> dict[str, LayerReport]:
+    """Quantise each weight once, in execution order; finished ones are taken from the record."""
+    by_name = {linear.name: linear for linear in linears}
+    total = sum(linear.in_features * linear.out_features for linear in by_name.values())
+    done = 0
+    reports: dict[str, LayerReport] = {}
+    for name, linear in by_name.items():
+        settings = chosen[name]
+        source = InitializerRows(linear, options.device)
+        rows = linear.in_features
+
+        def on_rows(finished: int, _: int, base: int = done, row: int = rows) -> None:
+            tell("quantising weights", base + finished * row, total)
+
+        try:
+            layer = record.quantized(name, source, settings, options.recipe, on_rows)
+        finally:
+            source.close()
+        done += linear.in_features * linear.out_features
+        tell("quantising weights", done, total)
+        spec = replace(layer.spec, layout=options.layout)
+        bits = bits_per_weight(spec, scale_bits=8 * layer.scales.itemsize, offset=layer.offset is not None)
+        reports[name] = LayerReport(name, spec, bits, layer.relative_error)
+    return reports
+
+
+def _rewrite(model: ir.Model, linears: list[Linear], layers: Mapping[str, LayerReport], record: Record) -> None:
+    NormalizeLinears(linears)(model)
+    packed = {name: _packed(report, record) for name, report in layers.items()}
+    BinarizeLinears(packed)(model)
+    AttachFunctionBody()(model)
+
+
+def _packed(report: LayerReport, record: Record) -> PackedLayer:
+    """The initializers of a layer, read from the record when they are written."""
+    spec, name = report.spec, report.name
+    layer = record.load(name)
+
+    def tensor(index: int) -> Callable[[], ir.TensorProtocol]:
+        def read() -> ir.TensorProtocol:
+            fresh = record.load(name)
+            return ir.tensor(to_layout(fresh.words, fresh.scales, fresh.offset, spec)[index])
+
+        return read
+
+    def lazy(index: int, shape: tuple[int, ...], dtype: ir.DataType) -> ir.LazyTensor:
+        return ir.LazyTensor(tensor(index), dtype=dtype, shape=ir.Shape(shape))
+
+    scale_type = ir.DataType.from_numpy(layer.scales.dtype)
+    return PackedLayer(
+        spec,
+        planes=lazy(0, spec.planes_shape, ir.DataType.UINT32),
+        scales=lazy(1, spec.scales_shape, scale_type),
+        offset=None if layer.offset is None else lazy(2, spec.offset_shape, ir.DataType.FLOAT),
+    )
+
+
+def _write_tokenizer(loaded: TorchModel | None, output: Path) -> None:
+    """Keep the tokenizer beside the model, so that ``qbb eval`` needs nothing else."""
+    if loaded is not None and loaded.tokenizer is not None:
+        output.with_suffix(".tokenizer.json").write_bytes(loaded.tokenizer.read_bytes())
+
+
+Feeds = dict[str, "np.ndarray[tuple[int, ...], np.dtype[np.generic]]"]
+
+
+def _float_outputs(model: ir.Model, source: str, loaded: TorchModel | None) -> tuple[Feeds, Feeds | None]:
+    """Inputs to compare on, and what the float model makes of them (None where that would take too much memory)."""
+    names = [value.name or "" for value in model.graph.outputs]
+    if loaded is not None:
+        inputs = loaded.inputs or verification.graph_inputs(model)
+        feeds = verification.sample_inputs(inputs, loaded.tokenizer)
+        from qbb_export.module import run_module
+
+        return feeds, run_module(loaded.module, feeds, names)
+    feeds = verification.sample_inputs(verification.graph_inputs(model), None)
+    if not verification.body_is_affordable(model):
+        return feeds, None
+    return feeds, verification.run_file(Path(source), feeds, library=False)
+
+
+def _verify(
+    model: ir.Model,
+    output: Path,
+    loaded: TorchModel | None,
+    student: Mapping[str, Quantized],
+    feeds: Feeds,
+    float_outputs: Feeds | None,
+) -> list[Comparison]:
+    """The verification table: library against student and function body, and for information against the float model."""
+    ours = verification.run_file(output, feeds, library=True)
+    rows: list[Comparison] = []
+    if loaded is not None:
+        from qbb_export.module import make_student, run_module
+
+        module = make_student(loaded.module, student).float()
+        expected = run_module(module, feeds, list(ours))
+        rows += verification.compare("library / PyTorch student", ours, expected, verification.STUDENT_BOUND)
+    if student or loaded is None:
+        if verification.body_is_affordable(model):
+            body = verification.run_file(output, feeds, library=False)
+            rows += verification.compare("function body / library", body, ours, verification.BODY_BOUND)
+    if float_outputs is not None:
+        rows += verification.compare("library / float model", ours, float_outputs, None)
+    return rows

@@ -1,0 +1,149 @@
+"""Which linear layers are quantised, and with which settings."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import onnx_ir as ir
+
+from qbb_export.errors import QbbError
+from qbb_export.passes.linears import Linear, Rejected
+from qbb_export.quantize import QuantizeSettings
+
+# "layers.3." in "model.layers.3.mlp.up_proj", "/layer.3/" in an ONNX node's name: a member of a repeated block.
+_NUMBERED = re.compile(r"(^|[./_])\d+[./]")
+_OVERRIDES = ("bases", "group_size", "offset")
+
+
+@dataclass(frozen=True)
+class Override:
+    """Other settings for the layers whose name fits a pattern."""
+
+    pattern: str
+    values: dict[str, int | bool]
+
+    @classmethod
+    def parse(cls, text: str) -> Override:
+        """Read ``PATTERN:bases=3,group_size=64,offset=on`` (any of the three keys)."""
+        pattern, separator, rest = text.rpartition(":")
+        values: dict[str, int | bool] = {}
+        for item in rest.split(","):
+            key, _, value = item.partition("=")
+            if key == "offset" and value in ("on", "off"):
+                values[key] = value == "on"
+            elif key in ("bases", "group_size") and value.isdigit():
+                values[key] = int(value)
+            else:
+                separator = ""
+        if not separator or not pattern:
+            raise QbbError(
+                "cannot read a layer override",
+                where="--layer",
+                expected="PATTERN:KEY=VALUE,… with bases=N, group_size=N, offset=on|off",
+                got=text,
+            )
+        return cls(pattern, values)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the user asked for.
+
+    Args:
+        include: name patterns (``*``, ``?``, ``[…]``) of layers to add to the default choice.
+        exclude: name patterns of layers to take out of the default choice.
+        overrides: settings of single layers; a later one wins.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    overrides: tuple[Override, ...] = ()
+
+
+def select_layers(
+    model: ir.Model,
+    linears: Sequence[Linear],
+    rejected: Sequence[Rejected],
+    selection: Selection,
+    settings: QuantizeSettings,
+) -> dict[str, QuantizeSettings]:
+    """The chosen layers' names, in execution order, each with its settings.
+
+    1. by default: the linear layers of numbered blocks (``layers.0.…``); all of them where no name has a number;
+       never one whose product is a graph output (the head), unless nothing else is left
+    2. minus ``exclude``, plus ``include``: so ``--exclude '*' --include X`` is X alone
+    3. ``overrides`` change settings, they choose nothing
+
+    Raises:
+        QbbError: a pattern that fits no linear layer, or no layer chosen.
+    """
+    names = list(dict.fromkeys(linear.name for linear in linears))
+    for option, patterns in (
+        ("--include", selection.include),
+        ("--exclude", selection.exclude),
+        ("--layer", tuple(override.pattern for override in selection.overrides)),
+    ):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise _no_match(option, pattern, names, rejected, model)
+    chosen = [name for name in default_layers(linears) if not _fits(name, selection.exclude)]
+    chosen = [name for name in names if name in set(chosen) or _fits(name, selection.include)]
+    if not chosen:
+        reasons = sorted({r.reason for r in rejected})
+        raise QbbError(
+            "no linear layer to quantise",
+            expected="MatMul or Gemm with a constant float weight",
+            got="; ".join(reasons) or f"{len(names)} linear layers, all excluded" if names or reasons else "none",
+        )
+    result = {}
+    for name in chosen:
+        result[name] = settings
+        for override in selection.overrides:
+            if fnmatchcase(name, override.pattern):
+                result[name] = replace(result[name], **override.values)  # type: ignore[arg-type]
+    return result
+
+
+def default_layers(linears: Sequence[Linear]) -> list[str]:
+    """Rule 1 of :func:`select_layers`."""
+    names = list(dict.fromkeys(linear.name for linear in linears))
+    candidates = [name for name in names if _NUMBERED.search(name)] or names
+    heads = {linear.name for linear in linears if _is_head(linear)}
+    return [name for name in candidates if name not in heads] or candidates
+
+
+def _is_head(linear: Linear) -> bool:
+    """Whether the product, with or without a bias added, is a graph output."""
+    product = linear.node.outputs[0]
+    after = [usage.node.outputs[0] for usage in product.uses() if usage.node.op_type == "Add"]
+    return any(value.is_graph_output() for value in (product, *after))
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _no_match(
+    option: str, pattern: str, names: Sequence[str], rejected: Sequence[Rejected], model: ir.Model
+) -> QbbError:
+    """Say why a pattern fits nothing: the layer cannot be replaced, is of another kind, or does not exist."""
+    for item in rejected:
+        if fnmatchcase(item.name, pattern):
+            return QbbError("layer cannot be quantised", where=f"{option} {pattern}", got=f"{item.name}, {item.reason}")
+    for name, value in model.graph.initializers.items():
+        if fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(".weight"), pattern):
+            users = sorted({usage.node.op_type for usage in value.uses()})
+            return QbbError(
+                "only linear layers can be quantised",
+                where=f"{option} {pattern}",
+                expected="MatMul or Gemm",
+                got=f"{name}, used by {', '.join(users) or 'nothing'}",
+            )
+    close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+    return QbbError(
+        "no such layer", where=f"{option} {pattern}", expected=f"a name such as {close[0]}" if close else None
+    )

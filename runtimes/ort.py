@@ -1,0 +1,50 @@
+"""Run exported models in ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime
+
+from qbb_export.custom_ops import library_path
+from qbb_export.errors import QbbError
+from qbb_export.passes.function_body import binary_basis_nodes
+from qbb_export.runtimes import gate
+
+_PROVIDERS = {"cpu": ["CPUExecutionProvider"]}
+
+
+def session(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    library: bool = True,
+    options: onnxruntime.SessionOptions | None = None,
+    check_data: bool = True,
+) -> onnxruntime.InferenceSession:
+    """Check a model file and open it in ONNX Runtime with our operator registered.
+
+    Args:
+        path: an .onnx file, exported by us or any other.
+        device: ``"cpu"``.
+        library: False leaves our library out, so that ``BinaryBasisMatMul`` runs through the function body in the file.
+        options: session options to extend; the library is registered on them.
+        check_data: False skips the digest of the weights, which reads all of them once.
+
+    Returns:
+        A ready session.
+
+    Raises:
+        QbbError: the file breaks a rule of the gate, the library is missing, or ONNX Runtime refuses the model.
+    """
+    if device not in _PROVIDERS:
+        raise QbbError("unknown device", where="device", expected=" or ".join(sorted(_PROVIDERS)), got=device)
+    path = Path(path)
+    model = gate.check(path, data=check_data)
+    options = options or onnxruntime.SessionOptions()
+    if library and binary_basis_nodes(model):
+        options.register_custom_ops_library(str(library_path()))
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=_PROVIDERS[device])
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise QbbError("ONNX Runtime refuses the model", where=path, got=str(error)) from error

@@ -1,0 +1,253 @@
+import hashlib
+import os
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from qbb_export import artifact
+from qbb_export.errors import QbbError
+from qbb_export.runtimes import gate
+from tests.passes.graphs import binarized, graph
+
+WEIGHT = np.arange(64 * 64, dtype=np.float32).reshape(64, 64) / 1000
+
+
+def tiny(scale: float = 1.0) -> ir.Model:
+    return graph("g (float[b, 64] x) => (float[b, 64] y) { y = MatMul (x, w) }", {"w": WEIGHT * np.float32(scale)})
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def data_file(folder):
+    (data,) = folder.glob("*.data")
+    return data
+
+
+def test_data_file_bears_its_digest_and_is_aligned(tmp_path):
+    written = artifact.save(tiny(), tmp_path / "m.onnx")
+    data = data_file(tmp_path)
+    assert artifact.data_digest(data.name) == hashlib.sha256(data.read_bytes()).hexdigest()
+    assert written == sum(len(content) for content in files(tmp_path).values())
+    model = artifact.read_graph(tmp_path / "m.onnx")
+    tensor = model.graph.initializers["w"].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    assert tensor.offset % 4096 == 0
+    assert np.array_equal(tensor.numpy(), WEIGHT)
+
+
+def test_saving_over_a_model_leaves_no_old_data(tmp_path):
+    artifact.save(tiny(), tmp_path / "m.onnx")
+    first = data_file(tmp_path)
+    other = tmp_path / f"m2.{'0' * 64}.data"
+    other.write_bytes(b"another model's")
+    artifact.save(tiny(2.0), tmp_path / "m.onnx")
+    assert not first.exists()
+    assert other.exists()
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".data", ".data", ".onnx"]
+
+
+def test_saving_is_deterministic(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        artifact.save(tiny(), tmp_path / name / "m.onnx")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_a_failed_write_keeps_the_old_model(tmp_path):
+    artifact.save(tiny(), tmp_path / "m.onnx")
+    before = files(tmp_path)
+    model = tiny(2.0)
+
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    value = model.graph.initializers["w"]
+    value.const_value = ir.LazyTensor(fail, dtype=ir.DataType.FLOAT, shape=value.shape, name="w")
+    with pytest.raises(QbbError, match=r"cannot write the model; got No space left on device"):
+        artifact.save(model, tmp_path / "m.onnx")
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("m.txt", r"wrong suffix; expected a path ending in \.onnx; got \.txt"),
+        ("missing/m.onnx", r"output folder does not exist"),
+        ("folder.onnx", r"output is a folder"),
+        ("old.onnx", r"output exists already \(--force replaces it\)"),
+    ],
+)
+def test_outputs_that_are_refused(tmp_path, name, message):
+    (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "old.onnx").write_bytes(b"")
+    with pytest.raises(QbbError, match=message):
+        artifact.check_writable(tmp_path / name, force=False)
+    artifact.check_writable(tmp_path / "old.onnx", force=True)
+
+
+def saved(folder) -> "onnx.ModelProto":
+    ours, _ = binarized(tiny(), group_size=32)
+    for name, value in ours.graph.initializers.items():
+        value.name = name
+    artifact.save(ours, folder / "m.onnx")
+    return onnx.load(folder / "m.onnx", load_external_data=False)
+
+
+def external(proto):
+    return next(t for t in proto.graph.initializer if t.external_data)
+
+
+def set_entry(tensor, key, value):
+    for entry in tensor.external_data:
+        if entry.key == key:
+            entry.value = value
+            return
+    tensor.external_data.add(key=key, value=value)
+
+
+@pytest.mark.parametrize("location", ["../secret.data", "/etc/passwd", "sub/secret.data", "..", ".", "", "link.data"])
+def test_external_data_outside_the_folder_is_refused(tmp_path, location):
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    for secret in (tmp_path / "secret.data", folder / "sub" / "secret.data"):
+        secret.write_bytes(bytes(1 << 16))
+    (folder / "link.data").symlink_to(tmp_path / "secret.data")
+    artifact.save(tiny(), folder / "m.onnx")
+    proto = onnx.load(folder / "m.onnx", load_external_data=False)
+    set_entry(external(proto), "location", location)
+    (folder / "m.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(QbbError, match=r"tensor 'w': external data leaves the model's folder"):
+        gate.check(folder / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("location", "gone.data", "external data is missing"),
+        ("offset", "4096", "external data is too short"),
+        ("offset", "-4096", "not an ONNX model|external data is too short"),
+        ("length", str(2**40), "external data is too short"),
+    ],
+)
+def test_external_data_that_is_not_there_is_refused(tmp_path, key, value, message):
+    artifact.save(tiny(), tmp_path / "m.onnx")
+    proto = onnx.load(tmp_path / "m.onnx", load_external_data=False)
+    set_entry(external(proto), key, value)
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(QbbError, match=message):
+        gate.check(tmp_path / "m.onnx")
+
+
+def test_a_flipped_bit_in_the_weights_is_found(tmp_path):
+    artifact.save(tiny(), tmp_path / "m.onnx")
+    gate.check(tmp_path / "m.onnx")
+    data = data_file(tmp_path)
+    content = bytearray(data.read_bytes())
+    content[5] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(QbbError, match=r"weights are damaged; expected SHA-256"):
+        gate.check(tmp_path / "m.onnx")
+    gate.check(tmp_path / "m.onnx", data=False)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, b"not a protobuf", b"\x08\x0a"])
+def test_files_that_are_no_models(tmp_path, content):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(content)
+    with pytest.raises(QbbError, match=r"m\.onnx: not an ONNX model"):
+        gate.check(path)
+
+
+def test_a_missing_file_and_a_folder(tmp_path):
+    with pytest.raises(QbbError, match="no such file"):
+        gate.check(tmp_path / "m.onnx")
+    with pytest.raises(QbbError, match="no such file; expected an .onnx file; got a folder"):
+        gate.check(tmp_path)
+
+
+def node_attribute(proto, name):
+    (node,) = [n for n in proto.graph.node if n.op_type == "BinaryBasisMatMul"]
+    return next(a for a in node.attribute if a.name == name)
+
+
+def change_format(proto):
+    node_attribute(proto, "format").i = 2
+
+
+def change_k(proto):
+    node_attribute(proto, "K").i = 32
+
+
+def drop_attribute(proto):
+    (node,) = [n for n in proto.graph.node if n.op_type == "BinaryBasisMatMul"]
+    node.attribute.remove(node_attribute(proto, "bases"))
+
+
+def float_attribute(proto):
+    attribute = node_attribute(proto, "bases")
+    attribute.ClearField("i")
+    attribute.type, attribute.f = onnx.AttributeProto.FLOAT, 2.0
+
+
+def rename_operator(proto):
+    (node,) = [n for n in proto.graph.node if n.op_type == "BinaryBasisMatMul"]
+    node.op_type = "BinaryBasisConv"
+
+
+def foreign_domain(proto):
+    proto.graph.node.add(op_type="Evil", domain="some.where", input=["x"], output=["z"], name="evil")
+    proto.opset_import.add(domain="some.where", version=1)
+
+
+def drop_body(proto):
+    del proto.functions[:]
+
+
+def change_body(proto):
+    node = next(n for n in proto.functions[0].node if n.op_type == "ReduceSum")
+    node.op_type = "ReduceMax"
+
+
+def weight_from_input(proto):
+    (node,) = [n for n in proto.graph.node if n.op_type == "BinaryBasisMatMul"]
+    proto.graph.input.append(onnx.helper.make_tensor_value_info(node.input[1], onnx.TensorProto.UINT32, [2, 4, 2, 16]))
+
+
+def newer_opset(proto):
+    next(o for o in proto.opset_import if o.domain == "qbb").version = 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (change_format, r"node '.*': .*unknown format version .* got 2"),
+        (change_k, r"node '.*': .*(wrong shape of B|bad group_size)"),
+        (drop_attribute, r"node '.*': wrong attributes"),
+        (float_attribute, r"node '.*': attribute bases is no integer; expected int; got FLOAT"),
+        (rename_operator, r"node '.*': unknown operator; expected BinaryBasisMatMul; got qbb::BinaryBasisConv"),
+        (foreign_domain, r"node 'evil': operator of an unknown domain; .* got some.where::Evil"),
+        (drop_body, r"function body is missing"),
+        (change_body, r"function body is not ours"),
+        (weight_from_input, r"node '.*': B is not constant"),
+        (newer_opset, r"unknown version of our operators; expected 1; got 2"),
+    ],
+)
+def test_damaged_nodes_are_refused_by_name(tmp_path, damage, message):
+    proto = saved(tmp_path)
+    gate.check(tmp_path / "m.onnx")
+    damage(proto)
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(QbbError, match=message) as caught:
+        gate.check(tmp_path / "m.onnx")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_write_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(QbbError, match="not writable"):
+        artifact.check_writable(tmp_path / "m.onnx", force=False)
