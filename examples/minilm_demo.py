@@ -121,7 +121,12 @@ def main() -> None:
     for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right")
     for row in rows:
-        figures = (f"{row['file_mb']:.1f}", f"{row['block_bits_per_weight']:.2f}", f"{row['cosine']:.4f}", f"{row['ms']:.2f}")
+        figures = (
+            f"{row['file_mb']:.1f}",
+            f"{row['block_bits_per_weight']:.2f}",
+            f"{row['cosine']:.4f}",
+            f"{row['ms']:.2f}",
+        )
         table.add_row(row["model"], *figures)
     console.print(table)
     console.print("The file also holds the token embeddings, 47 MB in float32; later versions shrink them as well.")

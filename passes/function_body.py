@@ -39,7 +39,10 @@ def _rows(layout: int, source: str, result: str) -> str:
 
 
 def _text(layout: int, opset: int, cast: str) -> str:
-    """The function in ONNX's text syntax. M: rows of X; R: rows of W, padded to whole tiles; P: inputs, padded to whole groups."""
+    """The function in ONNX's text syntax.
+
+    R: rows of W, padded to whole tiles; G: groups; P: inputs, padded to whole groups.
+    """
     row_factor = 1 if layout == LAYOUT_ROWS else TILE_ROWS
     # Without allowzero (opset 14) a batch of size 0 cannot be put back.
     allowzero = "<allowzero = 1>" if opset >= 14 else ""
@@ -126,8 +129,8 @@ def _text(layout: int, opset: int, cast: str) -> str:
 def function_body(layout: int, opset: int, output_type: ir.DataType | None = None) -> ir.Function:
     """The function ``qbb::BinaryBasisMatMul`` for one layout.
 
-    One basis at a time is unpacked to a dense matrix inside a Scan. *Why a Scan:* ONNX Runtime folds constant expressions
-    at load, and a plain expression would bring all dense weights back before the first run; a Scan it never folds.
+    One basis at a time is unpacked to a dense matrix inside a Scan. *Why a Scan:* ONNX Runtime folds constant
+    expressions at load, and a plain one would bring all dense weights back before the first run; a Scan it never folds.
     *Why a table:* one Gather turns a nibble into four signs.
 
     Args:
@@ -140,7 +143,7 @@ def function_body(layout: int, opset: int, output_type: ir.DataType | None = Non
     """
     if opset < MIN_OPSET:
         raise QbbError(
-            "opset of the model is too old (onnx.version_converter can raise it)", expected=f">= {MIN_OPSET}", got=opset
+            "opset is too old (onnx.version_converter can raise it)", expected=f">= {MIN_OPSET}", got=opset
         )
     if opset >= 15:
         cast = "Y = CastLike (Y_float, X)"

@@ -132,7 +132,7 @@ def _match(node: ir.Node) -> Linear | Rejected | None:
 
 
 def layer_name(weight: ir.Value, node: ir.Node) -> str:
-    """``model.layers.0.mlp.up_proj`` for ``model.layers.0.mlp.up_proj.weight``; the node's name for anonymous weights."""
+    """``layers.0.mlp.up_proj`` for ``layers.0.mlp.up_proj.weight``; the node's name for an anonymous weight."""
     name = weight.name or ""
     if _ANONYMOUS.search(name) and node.name:
         return node.name

@@ -48,8 +48,8 @@ def capture(source: str, options: LoadOptions) -> tuple[ir.Model, TorchModel | N
 def capture_torch(loaded: TorchModel) -> ir.Model:
     """Export a module without copying its weights.
 
-    A copy with fake tensors of the same shapes is traced; floats become float32, whatever the file holds. Afterwards each
-    initializer is tied to the real parameter of the same name.
+    A copy with fake tensors of the same shapes is traced; floats become float32, whatever the file holds. Afterwards
+    each initializer is tied to the real parameter of the same name.
 
     Raises:
         QbbError: PyTorch cannot export the module.
@@ -93,14 +93,15 @@ def _export_module(loaded: TorchModel) -> ir.Model:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     module = _fake_copy(loaded.module, fake)
     with fake, torch.no_grad():
-        inputs = {spec.name: _trace_input(spec) for spec in loaded.inputs}
+        inputs: dict[str, Any] = {spec.name: _trace_input(spec) for spec in loaded.inputs}
         shapes = {spec.name: _dynamic_dims(spec) for spec in loaded.inputs}
         if loaded.pretrained:
             from transformers.exporters.configs import OnnxConfig
             from transformers.exporters.exporter_onnx import OnnxExporter
 
-            module.config.use_cache = False
-            exported = OnnxExporter().export(module, inputs, config=OnnxConfig(dynamic=True, dynamic_shapes=shapes, optimize=False))
+            exported = OnnxExporter().export(
+                module, inputs, config=OnnxConfig(dynamic=True, dynamic_shapes=shapes, optimize=False)
+            )
             model: ir.Model = exported.program
         else:
             program = torch.onnx.export(

@@ -20,6 +20,7 @@ from qbb_export.errors import QbbError
 
 if TYPE_CHECKING:
     from qbb_export.pipeline import ExportReport
+    from qbb_export.verification import Comparison
 
 EXIT_BAD_INPUT = 2
 EXIT_DISAGREES = 1
@@ -172,12 +173,16 @@ def _print_report(report: ExportReport, *, verified: bool) -> None:
         out.print("not verified (--no-verify)")
         return
     table = Table(title="verification", title_style="bold")
-    for column in ("comparison", "output", "largest difference", "cosine", "bound", ""):
-        table.add_column(column, justify="left" if column in ("comparison", "output", "") else "right")
-    for row in report.comparisons:
-        mark = "" if row.bound is None else "ok" if row.ok else "FAILED"
+    for column in ("comparison", "largest difference", "cosine", "bound", ""):
+        table.add_column(column, justify="left" if column in ("comparison", "") else "right", no_wrap=True)
+    worst_of: dict[str, Comparison] = {}
+    for row in report.comparisons:  # of several outputs the worst is shown
+        if row.what not in worst_of or not row.error <= worst_of[row.what].error:
+            worst_of[row.what] = row
+    for row in worst_of.values():
+        mark = "" if row.bound is None else "ok" if row.ok else f"FAILED ({row.output})"
         bound = "-" if row.bound is None else f"{row.bound:.0e}"
-        table.add_row(row.what, row.output, f"{row.error:.1e}", f"{row.cosine:.6f}", bound, mark)
+        table.add_row(row.what, f"{row.error:.1e}", f"{row.cosine:.6f}", bound, mark)
     out.print(table)
 
 

@@ -45,7 +45,7 @@ def perplexity(
     """Perplexity on a text, in non-overlapping windows; the first token of a window is context only.
 
     Args:
-        model: an .onnx file with input ``input_ids`` [batch, sequence] and output ``logits`` [batch, sequence, vocabulary].
+        model: an .onnx file with input ``input_ids`` [batch, sequence] and output ``logits`` [batch, sequence, tokens].
         text: UTF-8 file.
         window: tokens per window; a shorter rest is left out.
         tokenizer: a tokenizer.json; default: the one beside the model.
@@ -54,7 +54,7 @@ def perplexity(
         on_window: called with (windows done, windows in all).
 
     Raises:
-        QbbError: a missing or unreadable file, a model without these inputs and outputs, or a text shorter than a window.
+        QbbError: a missing or unreadable file, a model without these inputs and outputs, or a text below one window.
     """
     tokens = tokenize(text, find_tokenizer(model, tokenizer))
     count = min(len(tokens) // window, max_windows or len(tokens))
@@ -103,7 +103,7 @@ def _negative_log_likelihood(logits: npt.NDArray[Any], ids: npt.NDArray[np.int64
 
 
 def find_tokenizer(model: Path, given: Path | None) -> Path:
-    """``--tokenizer``, else ``MODEL.tokenizer.json`` (written by the export), else ``tokenizer.json`` beside the model."""
+    """``--tokenizer``, else ``MODEL.tokenizer.json`` (the export writes it), else ``tokenizer.json`` beside the model."""
     if given is not None:
         candidates = [given / "tokenizer.json" if given.is_dir() else given]
     else:

@@ -118,7 +118,7 @@ class Spec:
 
 
 def effective_group_size(K: int, group_size: int) -> int:
-    """The attribute ``group_size`` for a layer with K inputs when the user asked for ``group_size`` (0: one scale per row).
+    """The attribute ``group_size`` for a layer with K inputs where the user asked for ``group_size`` (0: whole rows).
 
     A group that would be as long as the row or longer is the row itself.
     """
@@ -130,7 +130,7 @@ def effective_group_size(K: int, group_size: int) -> int:
 
 
 def pack_words(signs: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint32]:
-    """bool ``[..., K]`` to uint32 ``[..., ceil(K/32)]``: input k is bit ``k % 32`` of word ``k // 32``; padding bits are 0."""
+    """bool ``[..., K]`` to uint32 ``[..., ceil(K/32)]``: input k is bit ``k % 32`` of word ``k // 32``; padding: 0."""
     k = signs.shape[-1]
     pad = -k % WORD_BITS
     if pad:

@@ -178,6 +178,7 @@ def _load_pretrained(source: str, options: LoadOptions, state_dict: Mapping[str,
         module.pooler = None  # an encoder saved without its pooler; a random one would be worse than none
     elif missing:
         raise QbbError("weights are missing", where=source, expected=missing[0], got=f"{len(missing)} missing")
+    module.config.use_cache = False  # whole sequences: the cache would be a second set of outputs
     tokenizer = folder / "tokenizer.json"
     inputs = options.inputs or _config_inputs(module, source)
     return TorchModel(module.eval(), inputs, pretrained=True, tokenizer=tokenizer if tokenizer.is_file() else None)

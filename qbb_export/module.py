@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy.typing as npt
@@ -94,18 +94,20 @@ def quantized_linear(layer: Quantized, bias: torch.Tensor | None = None) -> Bina
     words = torch.from_numpy(layer.words.view("int32"))
     scales = torch.from_numpy(layer.scales)
     offset = None if layer.offset is None else torch.from_numpy(layer.offset)
+    bias = None if bias is None else bias.detach()
     return BinaryBasisLinear(words, scales, offset, bias, in_features=layer.spec.K, group_size=layer.spec.group_size)
 
 
-def make_student(model: nn.Module, layers: Mapping[str, Quantized]) -> nn.Module:
+def make_student(model: nn.Module, layers: Mapping[str, Quantized], in_features_first: Container[str]) -> nn.Module:
     """Put quantised weights into a model, in place.
 
-    Every ``nn.Linear`` that owns a weight becomes a :class:`BinaryBasisLinear`. A weight that belongs to another
-    kind of module is overwritten by the dense matrix, transposed where the module keeps [in_features, out_features].
+    Every ``nn.Linear`` below the model itself that owns a weight becomes a :class:`BinaryBasisLinear`. A weight that
+    belongs to another kind of module is overwritten by the dense matrix.
 
     Args:
         model: the float model.
         layers: ``Quantized`` by parameter name, e.g. ``encoder.layer.0.output.dense.weight``.
+        in_features_first: the parameters among them that are stored [in_features, out_features].
 
     Returns:
         The same model.
@@ -114,29 +116,30 @@ def make_student(model: nn.Module, layers: Mapping[str, Quantized]) -> nn.Module
     for name, layer in layers.items():
         owner_name, _, attribute = name.rpartition(".")
         owner = modules[owner_name]
-        if isinstance(owner, nn.Linear) and attribute == "weight":
+        if owner_name and isinstance(owner, nn.Linear) and attribute == "weight":
             # One weight may have several owners (tied layers), each with a bias of its own.
             weight = owner.weight
             for place, module in list(modules.items()):
                 if isinstance(module, nn.Linear) and module.weight is weight:
                     parent, _, child = place.rpartition(".")
-                    bias = None if module.bias is None else module.bias.detach()
-                    setattr(modules[parent], child, quantized_linear(layer, bias))
+                    setattr(modules[parent], child, quantized_linear(layer, module.bias))
         else:
             dense = quantized_linear(layer).dense_weight()
-            parameter = owner.get_parameter(attribute)
             with torch.no_grad():
-                parameter.copy_(dense if parameter.shape == dense.shape else dense.T)
+                owner.get_parameter(attribute).copy_(dense.T if name in in_features_first else dense)
     return model
 
 
-def run_module(module: nn.Module, feeds: Mapping[str, Array], names: list[str]) -> dict[str, Array]:
+def run_module(
+    module: nn.Module, feeds: Mapping[str, Array], names: list[str], *, by_name: bool = True
+) -> dict[str, Array]:
     """Run a module on numpy arrays.
 
     Args:
-        module: takes the feeds as keyword arguments.
+        module: takes the feeds as arguments.
         feeds: floats are cast to the module's type.
         names: what to call the results, in their order.
+        by_name: pass keyword arguments, else positional ones.
 
     Returns:
         The results; floats as float32.
@@ -144,11 +147,11 @@ def run_module(module: nn.Module, feeds: Mapping[str, Array], names: list[str]) 
     Raises:
         QbbError: the module returns more or fewer tensors than there are names.
     """
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    dtype = next(filter(torch.is_floating_point, module.parameters()), torch.empty(0)).dtype
     arguments = {name: torch.from_numpy(array) for name, array in feeds.items()}
     arguments = {name: t.to(dtype) if t.is_floating_point() else t for name, t in arguments.items()}
     with torch.no_grad():
-        result = module(**arguments)
+        result = module(**arguments) if by_name else module(*arguments.values())
     flat = tree_leaves(result)
     tensors = [value for value in flat if isinstance(value, torch.Tensor)]
     if len(tensors) != len(names):

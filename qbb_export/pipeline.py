@@ -12,16 +12,15 @@ from onnx_ir.passes import common
 
 from qbb_export import artifact, verification
 from qbb_export.capture import capture
-from qbb_export.errors import QbbError
 from qbb_export.format import LAYOUT_TILED, Spec, bits_per_weight, to_layout
 from qbb_export.load import LoadOptions, TorchModel
 from qbb_export.passes.binarize import BinarizeLinears, PackedLayer
-from qbb_export.passes.function_body import AttachFunctionBody
+from qbb_export.passes.function_body import AttachFunctionBody, binary_basis_nodes
 from qbb_export.passes.linears import Linear, find_linears
 from qbb_export.passes.normalize import NormalizeLinears
 from qbb_export.passes.prepare import prepare_passes
 from qbb_export.passes.verify import VerifyBinaryBasis
-from qbb_export.quantize import Quantized, QuantizeSettings
+from qbb_export.quantize import QuantizeSettings
 from qbb_export.record import Record
 from qbb_export.select import Selection, select_layers
 from qbb_export.verification import Comparison
@@ -60,7 +59,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantised matrix: its node attributes, bits per weight (scales and padding counted) and relative squared error."""
+    """One quantised matrix: its nodes' attributes, bits per weight with scales and padding, relative squared error."""
 
     name: str
     spec: Spec
@@ -120,15 +119,14 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
     prepare_passes()(model)
     if options.recipe == "float":
         layers: dict[str, LayerReport] = {}
-        parameters: dict[str, str] = {}
+        linears: list[Linear] = []
         record = None
     else:
         linears, rejected = find_linears(model)
         chosen = select_layers(model, linears, rejected, options.selection, options.settings)
         linears = [linear for linear in linears if linear.name in chosen]
-        parameters = {linear.weight.name or "": linear.name for linear in linears}
         record_path = options.record or output.with_suffix(".qbb")
-        with Record.open(record_path, recipe=options.recipe) as record:
+        with Record.open(record_path, recipe=options.recipe, settings=options.settings) as record:
             layers = _quantize_all(linears, chosen, options, record, tell)
         _rewrite(model, linears, layers, record)
     common.ClearMetadataAndDocStringPass()(model)
@@ -140,8 +138,8 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
     _write_tokenizer(torch_model, output)
     if options.verify:
         tell("verifying", 0, 1)
-        student = {} if record is None else {name: record.load(layer) for name, layer in parameters.items()}
-        comparisons = _verify(model, output, torch_model, student, feeds, float_outputs)
+        student = _student(torch_model, linears, record)
+        comparisons = _verify(model, output, student, feeds, float_outputs)
         tell("verifying", 1, 1)
     packed = sum(r.bits_per_weight * r.spec.K * r.spec.N / 8 for r in layers.values())
     return ExportReport(
@@ -234,34 +232,40 @@ def _float_outputs(model: ir.Model, source: str, loaded: TorchModel | None) -> t
         feeds = verification.sample_inputs(inputs, loaded.tokenizer)
         from qbb_export.module import run_module
 
-        return feeds, run_module(loaded.module, feeds, names)
+        return feeds, run_module(loaded.module, feeds, names, by_name=loaded.program is None)
     feeds = verification.sample_inputs(verification.graph_inputs(model), None)
     if not verification.body_is_affordable(model):
         return feeds, None
     return feeds, verification.run_file(Path(source), feeds, library=False)
 
 
+def _student(loaded: TorchModel | None, linears: list[Linear], record: Record | None) -> TorchModel | None:
+    """The PyTorch model with the quantised weights in it, in float32; it takes the float model's place."""
+    if loaded is None:
+        return None
+    from qbb_export.module import make_student
+
+    # Names as they were before the graph was rewritten: those of the parameters.
+    owners = {linear.weight.name or "": linear for linear in linears}
+    layers = {} if record is None else {name: record.load(linear.name) for name, linear in owners.items()}
+    flipped = {name for name, linear in owners.items() if not linear.transposed}
+    return replace(loaded, module=make_student(loaded.module, layers, flipped).float())
+
+
 def _verify(
-    model: ir.Model,
-    output: Path,
-    loaded: TorchModel | None,
-    student: Mapping[str, Quantized],
-    feeds: Feeds,
-    float_outputs: Feeds | None,
+    model: ir.Model, output: Path, student: TorchModel | None, feeds: Feeds, float_outputs: Feeds | None
 ) -> list[Comparison]:
-    """The verification table: library against student and function body, and for information against the float model."""
+    """The verification table: library against student and function body; against the float model for information."""
     ours = verification.run_file(output, feeds, library=True)
     rows: list[Comparison] = []
-    if loaded is not None:
-        from qbb_export.module import make_student, run_module
+    if student is not None:
+        from qbb_export.module import run_module
 
-        module = make_student(loaded.module, student).float()
-        expected = run_module(module, feeds, list(ours))
+        expected = run_module(student.module, feeds, list(ours), by_name=student.program is None)
         rows += verification.compare("library / PyTorch student", ours, expected, verification.STUDENT_BOUND)
-    if student or loaded is None:
-        if verification.body_is_affordable(model):
-            body = verification.run_file(output, feeds, library=False)
-            rows += verification.compare("function body / library", body, ours, verification.BODY_BOUND)
+    if binary_basis_nodes(model) and verification.body_is_affordable(model):
+        body = verification.run_file(output, feeds, library=False)
+        rows += verification.compare("function body / library", body, ours, verification.BODY_BOUND)
     if float_outputs is not None:
         rows += verification.compare("library / float model", ours, float_outputs, None)
     return rows

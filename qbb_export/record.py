@@ -5,9 +5,9 @@
         lock                             held while a process works on the record
         layers/<name>-<hash>.safetensors one quantized matrix: words, scales and, if any, offset
 
-A file appears under its name only when it is complete (temporary file, fsync, rename, fsync of the folder), and nothing in
-it depends on time or place: the same run writes the same bytes. A layer counts as done if its file is whole (a digest says so)
-and was made from the same weights with the same settings (its key says so).
+A file appears under its name only when it is complete (temporary file, fsync, rename, fsync of the folder), and
+nothing in it depends on time or place: the same run writes the same bytes. A layer counts as done if its file is
+whole (a digest says so) and was made from the same weights with the same settings (its key says so).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def layer_key(weights: Any, settings: QuantizeSettings, recipe: str) -> str:
     head = {"recipe": recipe, "revision": REVISION, "settings": settings.as_dict(), "shape": list(source.shape)}
     digest = hashlib.sha256(_json(head))
     for _, _, _, block in row_blocks(source):
-        digest.update(np.ascontiguousarray(to_host(block), dtype="<f4"))
+        digest.update(np.ascontiguousarray(to_host(block), dtype="<f4").data)
     return digest.hexdigest()
 
 
@@ -84,8 +84,8 @@ class Record:
     def open(cls, folder: Path, *, recipe: str, settings: QuantizeSettings | None = None) -> Record:
         """Create a record, or go on with the one that is there; until closed, no other process can.
 
-        A record made with another recipe or other settings is taken over: its layers are redone one by one where their own
-        key differs. Temporary files of a killed run are removed.
+        A record made with another recipe or other settings is taken over: its layers are redone one by one where
+        their own key differs. Temporary files of a killed run are removed.
 
         Args:
             folder: ``MODEL.qbb``.
@@ -231,7 +231,7 @@ def _digest(head: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]) ->
     for name in sorted(tensors):
         array = tensors[name]
         digest.update(_json({"name": name, "dtype": array.dtype.str, "shape": list(array.shape)}))
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 

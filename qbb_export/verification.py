@@ -18,8 +18,8 @@ from qbb_export.runtimes import ort
 
 Array = npt.NDArray[Any]
 
-# Largest difference allowed, relative to the largest magnitude of the output. Both sides sum in float32 but in another order
-# in every layer; a few dozen layers lift the float32 step of 1.2e-7 to 1e-5 or so.
+# Largest difference allowed, relative to the largest magnitude of the output. Both sides sum in float32 but in another
+# order in every layer; a few dozen layers lift the float32 step of 1.2e-7 to 1e-5 or so.
 BODY_BOUND = 1e-4
 # PyTorch also has other attention and normalisation kernels than ONNX Runtime.
 STUDENT_BOUND = 1e-3

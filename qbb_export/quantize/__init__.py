@@ -1,7 +1,7 @@
 """Pure functions on one weight matrix: W to binary bases and scales, and back.
 
-``quantize`` works through the array API, so numpy arrays and torch tensors (on a CPU or a GPU) take the same path; nothing here
-imports torch, reads or writes files, prints, or chooses a device.
+``quantize`` works through the array API, so numpy arrays and torch tensors (on a CPU or a GPU) take the same path;
+nothing here imports torch, reads or writes files, prints, or chooses a device.
 """
 
 from __future__ import annotations

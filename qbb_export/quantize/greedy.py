@@ -10,7 +10,8 @@ from qbb_export.quantize.sums import tree_sum
 def greedy(xp: Any, groups: Any, bases: int) -> tuple[Any, Any, list[Any]]:
     """Peel one basis after the other off the residual, starting from ``D_1 = W``.
 
-    ``B_i = sign(D_i)`` with ``sign(0) = +1``, ``scale_i = mean |D_i|`` over the group, ``D_{i+1} = D_i - scale_i * B_i``.
+    ``B_i = sign(D_i)`` with ``sign(0) = +1``, ``scale_i = mean |D_i|`` over the group, ``D_{i+1} = D_i - scale_i *
+    B_i``.
 
     Args:
         xp: array namespace.
@@ -18,8 +19,8 @@ def greedy(xp: Any, groups: Any, bases: int) -> tuple[Any, Any, list[Any]]:
         bases: number of binary matrices.
 
     Returns:
-        uint8 codes ``[M, g]`` (bit i is 1 where ``B_i`` is +1), float64 scales ``[M, bases]`` and float64 ``[M]`` squared
-        errors: of no basis at all, then after each one.
+        uint8 codes ``[M, g]`` (bit i is 1 where ``B_i`` is +1), float64 scales ``[M, bases]`` and float64 ``[M]``
+        squared errors: of no basis at all, then after each one.
     """
     residual = xp.astype(groups, xp.float64)
     codes = xp.zeros_like(groups, dtype=xp.uint8)

@@ -1,7 +1,7 @@
 """The levels that a group of weights may take, and which weight takes which.
 
-With N bases a weight takes one of ``2**N`` levels ``offset + sum_i ±scale_i``. A *code* names a level: bit i of the code is
-the sign of basis i (1: +1, 0: -1).
+With N bases a weight takes one of ``2**N`` levels ``offset + sum_i ±scale_i``. A *code* names a level: bit i of the
+code is the sign of basis i (1: +1, 0: -1).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def level_values(xp: Any, scales: Any, offset: Any | None) -> Any:
-    """All levels in the order of their codes: float64 scales ``[M, N]``, offset ``[M]`` or None to float64 ``[M, 2**N]``."""
+    """Levels ordered by their codes: float64 scales ``[M, N]``, offset ``[M]`` or None to float64 ``[M, 2**N]``."""
     base = xp.zeros_like(scales[:, :1]) if offset is None else offset[:, None]
     for i in range(scales.shape[1]):
         scale = scales[:, i : i + 1]
@@ -20,7 +20,9 @@ def level_values(xp: Any, scales: Any, offset: Any | None) -> Any:
 
 
 def count_below(xp: Any, rows: Any, queries: Any, *, or_equal: bool) -> Any:
-    """How many entries of an ascending row are below each query (binary search; the array API's own takes one row only).
+    """How many entries of an ascending row are below each query, by binary search.
+
+    The array API's own ``searchsorted`` takes one row only.
 
     Args:
         xp: array namespace.

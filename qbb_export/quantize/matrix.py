@@ -35,9 +35,9 @@ def quantize(
 ) -> Quantized:
     """Approximate a matrix by a sum of scaled binary matrices.
 
-    Every row is worked on by itself, in an order of additions that depends on nothing else: the result is the same to the
-    byte whatever the size of the blocks, in numpy and torch, on a CPU and on a GPU. Only the type of the scales, where
-    ``settings.scale_dtype`` is ``"auto"``, looks at the whole matrix.
+    Every row is worked on by itself, in an order of additions that depends on nothing else: the result is the same to
+    the byte whatever the size of the blocks, in numpy and torch, on a CPU and on a GPU. Only the type of the scales,
+    where ``settings.scale_dtype`` is ``"auto"``, looks at the whole matrix.
 
     Args:
         weights: float ``[N, K]`` (out_features, in_features) of numpy or torch, or :class:`WeightRows`; read twice.
@@ -54,9 +54,10 @@ def quantize(
             ``scale_dtype="float16"`` cannot hold, and for an unknown recipe.
     """
     source, work = as_rows(weights), recipe_by_name(recipe)
-    if len(source.shape) != 2 or 0 in source.shape:
-        raise QbbError("not a matrix", where=name, expected="[out_features, in_features]", got=list(source.shape))
-    N, K = source.shape
+    shape: tuple[int, ...] = source.shape
+    if len(shape) != 2 or 0 in shape:
+        raise QbbError("not a matrix", where=name, expected="[out_features, in_features]", got=list(shape))
+    N, K = shape
     spec = rows_spec(N, K, settings.bases, effective_group_size(K, settings.group_size))
     scale_dtype = _scale_dtype(_peak(source, name), settings, name)
     words = np.empty(spec.planes_shape, dtype=np.uint32)
@@ -150,6 +151,6 @@ def _energy(xp: Any, block: Any) -> Any:
 
 
 def _relative(errors: npt.NDArray[np.float64], energy: npt.NDArray[np.float64]) -> tuple[float, ...]:
-    """Errors ``[N, steps]`` of rows over the energy of all rows ``[N]``; exact sums, so the order of rows does not matter."""
+    """Errors ``[N, steps]`` of rows over the energy ``[N]`` of all rows; exact sums, whatever the order of rows."""
     norm = math.fsum(energy)
     return tuple(max(0.0, math.fsum(column)) / norm if norm else 0.0 for column in errors.T)

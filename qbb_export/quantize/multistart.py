@@ -17,7 +17,7 @@ GOLDEN: Final = 0.6180339887498949
 
 
 def shaken(xp: Any, fit: Fit, number: int) -> Fit:
-    """Change every scale by up to a quarter, by a fixed sequence (multiples of the golden ratio) instead of a random one."""
+    """Change every scale by up to a quarter, along a fixed sequence: multiples of the golden ratio, modulo 1."""
     bases = fit.scales.shape[1]
     turns = [((number * (bases + 1) + i) * GOLDEN) % 1.0 * 2.0 - 1.0 for i in range(bases + 1)]
     scales = xp.stack([fit.scales[:, i] * (1.0 + SHAKE_SIZE * turns[i]) for i in range(bases)], axis=-1)

@@ -20,7 +20,8 @@ class Quantized:
         words: uint32 ``[bases, N, ceil(K/32)]``, packed by :func:`qbb_export.format.pack_words`.
         scales: float16 or float32 ``[bases, N, G]``.
         offset: float32 ``[N, G]``, or None.
-        errors: squared error relative to the squared norm of the weights: as the recipe went on, and last of what is stored.
+        errors: squared error relative to the squared norm of the weights: as the recipe went on, and last of what is
+            stored.
     """
 
     spec: Spec

@@ -1,7 +1,7 @@
 """What the fit needs to know of a group: its weights in ascending order and their sums from the left.
 
-The weights nearest to one level are neighbours in that order. Two positions then tell how many they are and what they add up to, so
-that a round of the fit costs the number of levels times log2(group size), not the number of weights.
+The weights nearest to one level are neighbours in that order. Two positions then tell how many they are and what they
+add up to, so that a round of the fit costs the number of levels times log2(group size), not the number of weights.
 """
 
 from __future__ import annotations

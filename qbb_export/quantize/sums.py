@@ -1,8 +1,8 @@
 """Sums whose rounding depends on nothing but the row.
 
-Library reductions choose their order of additions by the shape, the device and the number of threads. These use element-wise
-additions in a fixed order instead, so a row gives the same bits whatever block it is worked on with, in numpy and in torch, on
-a CPU and on a GPU.
+Library reductions choose their order of additions by the shape, the device and the number of threads. These use
+element-wise additions in a fixed order instead, so a row gives the same bits whatever block it is worked on with, in
+numpy and in torch, on a CPU and on a GPU.
 """
 
 from __future__ import annotations
@@ -33,17 +33,16 @@ def prefix_sums(xp: Any, values: Any) -> Any:
     return xp.concat([zero, sums], axis=-1)
 
 
-def walsh_hadamard(xp: Any, values: Any) -> list[Any]:
-    """Signed sums over the last axis: ``[M, 2**n]`` to a list of ``2**n`` arrays ``[M]``.
+def walsh_hadamard(xp: Any, values: Any) -> Any:
+    """Signed sums over the last axis: float ``[M, 2**n]`` to ``[M, 2**n]``.
 
-    Entry ``m`` is ``sum_c s(m, c) * values[:, c]``, where ``s`` is the product over the set bits i of ``m`` of the sign that
-    bit i of ``c`` stands for (1: +1, 0: -1).
+    Column ``m`` is ``sum_c s(m, c) * values[:, c]``, where ``s`` is the product over the set bits i of ``m`` of the
+    sign that bit i of ``c`` stands for (1: +1, 0: -1).
     """
-    columns = [values[:, c] for c in range(values.shape[-1])]
-    step = 1
-    while step < len(columns):
-        for low in range(0, len(columns), 2 * step):
-            for c in range(low, low + step):
-                columns[c], columns[c + step] = columns[c] + columns[c + step], columns[c + step] - columns[c]
+    shape, step = values.shape, 1
+    while step < shape[-1]:
+        pairs = xp.reshape(values, (shape[0], -1, 2, step))
+        low, high = pairs[:, :, 0, :], pairs[:, :, 1, :]
+        values = xp.reshape(xp.stack([low + high, high - low], axis=2), shape)
         step *= 2
-    return columns
+    return values

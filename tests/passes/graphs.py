@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,9 @@ def integers(rng: np.random.Generator, *shape: int, dtype: Any = np.float32) -> 
 
 def exact_layer(
     linear: Linear, bases: int = 2, group_size: int = 0, offset: bool = True, layout: int = LAYOUT_TILED
-) -> Array:
-    """Overwrite nothing; make a packed layer of random signs and power-of-two scales. Returns (PackedLayer, dense [N, K])."""
-    rng = np.random.default_rng(abs(hash(linear.name)) % 2**32)
+) -> tuple[PackedLayer, Array]:
+    """A packed layer of random signs and power-of-two scales, and the dense matrix [N, K] that it stands for."""
+    rng = np.random.default_rng(zlib.crc32(linear.name.encode()))
     k, n = linear.in_features, linear.out_features
     spec = Spec(k, n, bases, effective_group_size(k, group_size), layout)
     signs = rng.random((bases, n, k)) < 0.5
@@ -60,8 +61,6 @@ def binarized(model: ir.Model, **settings: Any) -> tuple[ir.Model, ir.Model]:
     for linear in find_linears(dense)[0]:
         weight = layers[linear.name][1]
         stored = weight if linear.transposed else weight.T
-        if linear.node.op_type == "Gemm" or not linear.transposed:
-            pass
         dtype = linear.weight.const_value.numpy().dtype
         linear.weight.const_value = ir.tensor(np.ascontiguousarray(stored.astype(dtype)), name=linear.weight.name)
     NormalizeLinears(linears)(model)

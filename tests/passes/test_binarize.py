@@ -82,7 +82,9 @@ def test_a_product_that_is_an_output_keeps_its_add():
 def test_float_weights_go_unless_somebody_else_reads_them():
     ours, _ = binarized(model_of(*CASES["gemm transB"]))
     assert "w" not in ours.graph.initializers
-    text = "g (int64[b] i, float[b, 40] x) => (float[b, 40] e, float[b, 24] y) { e = Gather (w, i) t = Transpose (w) y = MatMul (x, t) }"
+    text = """g (int64[b] i, float[b, 40] x) => (float[b, 40] e, float[b, 24] y) {
+      e = Gather (w, i) t = Transpose (w) y = MatMul (x, t)
+    }"""
     tied = graph(text, {"w": W.T.copy()})
     ours, _ = binarized(tied)
     assert np.array_equal(ours.graph.initializers["w"].const_value.numpy(), W.T)

@@ -1,4 +1,6 @@
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 
 from qbb_export.passes.linears import find_linears
@@ -79,14 +81,12 @@ def test_a_weight_with_two_users_is_found_twice_under_one_name():
 
 def test_constants_and_functions_are_seen_through():
     values = ", ".join(["1"] * 64)
-    text = f"g (float[2, 8] x) => (float[2, 8] y) {{ c = Constant <value = float[8, 8] {{{values}}}> () y = MatMul (x, c) }}"
+    constant = f"c = Constant <value = float[8, 8] {{{values}}}> ()"
+    text = f"g (float[2, 8] x) => (float[2, 8] y) {{ {constant} y = MatMul (x, c) }}"
     assert found(text, {})[0] == [("c", False, 8, 8)]
     text = """g (float[2, 4] x) => (float[2, 3] y) { y = d.linear (x, w) }
       <domain: "d", opset_import: ["": 20]> linear (a, b) => (c) { c = MatMul (a, b) }"""
     header = '<ir_version: 10, opset_import: ["": 20, "d": 1]>'
-    import onnx
-    import onnx_ir as ir
-
     proto = onnx.parser.parse_model(f"{header} {text}")
     proto.graph.initializer.append(onnx.numpy_helper.from_array(W, "w"))
     model = ir.from_proto(proto)

@@ -165,7 +165,7 @@ def test_files_that_are_no_models(tmp_path, content):
 def test_a_missing_file_and_a_folder(tmp_path):
     with pytest.raises(QbbError, match="no such file"):
         gate.check(tmp_path / "m.onnx")
-    with pytest.raises(QbbError, match="no such file; expected an .onnx file; got a folder"):
+    with pytest.raises(QbbError, match=r"no such file; expected an \.onnx file; got a folder"):
         gate.check(tmp_path)
 
 
