@@ -68,13 +68,13 @@ class BinarizeLinears(ir.passes.InPlacePass):
                     got=f"K={spec.K}, N={spec.N}",
                 )
         for linear in linears:
-            self._replace(linear.name, linear.node, linear.activation)
+            self._replace(linear.name, linear.node)
         if linears:
             model.graph.opset_imports[DOMAIN] = OPSET_VERSION
             common.RemoveUnusedNodesPass()(model)  # rule 4
         return ir.passes.PassResult(model, bool(linears))
 
-    def _replace(self, name: str, matmul: ir.Node, activation: ir.Value) -> None:
+    def _replace(self, name: str, matmul: ir.Node) -> None:
         graph = matmul.graph
         if not isinstance(graph, ir.Graph) or matmul.op_type != "MatMul":
             raise QbbError("linear layer is not normalised", where=name, expected="MatMul", got=matmul.op_type)
@@ -94,7 +94,7 @@ class BinarizeLinears(ir.passes.InPlacePass):
         last = add or matmul
         node = ir.node(
             OP_TYPE,
-            [activation, planes, scales, offset, c],
+            [matmul.inputs[0], planes, scales, offset, c],
             {
                 "K": spec.K,
                 "N": spec.N,

@@ -172,8 +172,12 @@ def _print_report(report: ExportReport, *, verified: bool) -> None:
     if not verified:
         out.print("not verified (--no-verify)")
         return
-    table = Table(title="verification", title_style="bold")
-    for column in ("comparison", "largest difference", "cosine", "bound", ""):
+    table = Table(
+        title="verification",
+        title_style="bold",
+        caption="library: our kernels; body: the operator in plain ONNX; student: PyTorch with the same weights",
+    )
+    for column in ("comparison", "difference", "cosine", "bound", ""):
         table.add_column(column, justify="left" if column in ("comparison", "") else "right", no_wrap=True)
     worst_of: dict[str, Comparison] = {}
     for row in report.comparisons:  # of several outputs the worst is shown

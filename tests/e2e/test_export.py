@@ -237,3 +237,16 @@ def test_library_verb(capsys):
     assert Path(capsys.readouterr().out.strip()).is_file()
     assert cli.main(["library", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["format_version"] == 1
+
+
+def test_large_layers_are_verified_by_their_first_rows(tmp_path, monkeypatch, capsys):
+    from qbb_export import verification
+
+    monkeypatch.setattr(verification, "_BODY_MAX_WEIGHTS", 100)
+    monkeypatch.setattr(verification, "_CHECKED_ROWS", 20)
+    for layout in ("tiled", "rows"):
+        out = tmp_path / f"{layout}.onnx"
+        assert export(onnx_model(tmp_path / "in.onnx"), "-o", out, "--include", "*", "--layout", layout, *SMALL) == 0
+        printed = capsys.readouterr().out
+        assert "library / float64, first rows" in printed
+        assert "body / float64, first rows" in printed

@@ -101,6 +101,14 @@ def test_shared_weights_are_packed_once():
     assert [v.name for v in first.inputs[1:]] == [v.name for v in second.inputs[1:]]
 
 
+def test_layers_in_a_row():
+    text = "g (float[b, 40] x) => (float[b, 40] y) { m = MatMul (x, w) n = MatMul (m, v) a = Add (n, d) y = Gemm (a, u) }"
+    weights = {"w": W, "v": W.T.copy(), "d": integers(RNG, 40), "u": integers(RNG, 40, 40)}
+    ours, dense = binarized(graph(text, weights), bases=1)
+    x = integers(RNG, 2, 40)
+    assert np.array_equal(run(ours, {"x": x})[0], run(dense, {"x": x})[0])
+
+
 def test_subgraphs():
     text = """g (bool k, float[b, 40] x) => (float[b, 24] y) {
       y = If (k) <then_branch = yes () => (float[b, 24] p) { p = MatMul (x, w) },
