@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 # What an exporter calls a value that has no name in the model.
-_ANONYMOUS = re.compile(r"(^|::|_)(val_?\d*|MatMul_\d+|Gemm_\d+|Transpose_\d+|\d+)$|^onnx::|^$")
+_ANONYMOUS = re.compile(r"onnx::.*|(val_|MatMul_|Gemm_|Transpose_)?\d*")
 _FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 _ACTIVATION_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})
 
@@ -85,17 +85,17 @@ def find_linears(model: ir.Model) -> tuple[list[Linear], list[Rejected]]:
     """
     linears: list[Linear] = []
     rejected: list[Rejected] = []
-    names: dict[str, ir.Value] = {}
+    names: dict[str, tuple[ir.Value, bool]] = {}
     for node in _matrix_products(model):
         found = _match(node)
         if isinstance(found, Rejected):
             rejected.append(found)
         elif found is not None:
-            # Two weights may not share a name: the later one gets its node's name as well.
-            owner = names.setdefault(found.name, found.weight)
-            if owner is not found.weight:
-                found = Linear(**{**found.__dict__, "name": f"{found.name}@{node.name}"})
-                names[found.name] = found.weight
+            # A name stands for one matrix. Another weight, or the same one the other way round (a square weight can be
+            # used both ways), gets its node's name as well.
+            matrix = (found.weight, found.transposed)
+            if names.setdefault(found.name, matrix) != matrix:
+                found = replace(found, name=f"{found.name}@{node.name}")
             linears.append(found)
     return linears, rejected
 
@@ -134,6 +134,6 @@ def _match(node: ir.Node) -> Linear | Rejected | None:
 def layer_name(weight: ir.Value, node: ir.Node) -> str:
     """``layers.0.mlp.up_proj`` for ``layers.0.mlp.up_proj.weight``; the node's name for an anonymous weight."""
     name = weight.name or ""
-    if _ANONYMOUS.search(name) and node.name:
+    if _ANONYMOUS.fullmatch(name) and node.name:
         return node.name
     return name.removesuffix(".weight") or f"node_{node.op_type}"

@@ -46,7 +46,8 @@ def _split_gemm(gemm: ir.Node) -> None:
 
     def emit(op_type: str, *inputs: ir.Value, **attrs: list[int]) -> ir.Value:
         suffix = op_type if not nodes else f"{op_type}_{len(nodes)}"
-        node = ir.node(op_type, inputs, attrs, name=f"{gemm.name}/{suffix}")
+        # The product keeps the node's name, which may be the layer's.
+        node = ir.node(op_type, inputs, attrs, name=gemm.name if op_type == "MatMul" else f"{gemm.name}/{suffix}")
         node.outputs[0].type = output.type
         node.outputs[0].name = f"{output.name}/{suffix}"
         nodes.append(node)

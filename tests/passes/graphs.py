@@ -58,11 +58,15 @@ def binarized(model: ir.Model, **settings: Any) -> tuple[ir.Model, ir.Model]:
     dense = model.clone()
     linears, _ = find_linears(model)
     layers = {linear.name: exact_layer(linear, **settings) for linear in linears}
-    for linear in find_linears(dense)[0]:
+    for index, linear in enumerate(find_linears(dense)[0]):
         weight = layers[linear.name][1]
-        stored = weight if linear.transposed else weight.T
-        dtype = linear.weight.const_value.numpy().dtype
-        linear.weight.const_value = ir.tensor(np.ascontiguousarray(stored.astype(dtype)), name=linear.weight.name)
+        flipped = linear.node.op_type == "Gemm" and linear.node.attributes.get_int("transB", 0)
+        dtype = (linear.activation.dtype or ir.DataType.FLOAT).numpy()
+        tensor = ir.tensor(np.ascontiguousarray(weight if flipped else weight.T).astype(dtype))
+        value = ir.Value(name=f"{linear.name}.dense_{index}", const_value=tensor)
+        value.shape, value.type = ir.Shape(tensor.shape), ir.TensorType(tensor.dtype)
+        dense.graph.register_initializer(value)
+        linear.node.replace_input_with(1, value)
     NormalizeLinears(linears)(model)
     BinarizeLinears({name: packed for name, (packed, _) in layers.items()})(model)
     AttachFunctionBody()(model)
