@@ -142,9 +142,7 @@ def function_body(layout: int, opset: int, output_type: ir.DataType | None = Non
         QbbError: opset below 13, or below 15 without ``output_type``.
     """
     if opset < MIN_OPSET:
-        raise QbbError(
-            "opset is too old (onnx.version_converter can raise it)", expected=f">= {MIN_OPSET}", got=opset
-        )
+        raise QbbError("opset is too old (onnx.version_converter can raise it)", expected=f">= {MIN_OPSET}", got=opset)
     if opset >= 15:
         cast = "Y = CastLike (Y_float, X)"
     elif output_type is not None:

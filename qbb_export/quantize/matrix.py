@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -14,7 +15,7 @@ from qbb_export.format import effective_group_size, pack_words
 from qbb_export.quantize.quantized import Quantized, rows_spec
 from qbb_export.quantize.recipes import GroupResult, Recipe, recipe_by_name
 from qbb_export.quantize.rows import WeightRows, as_rows, row_blocks, to_host
-from qbb_export.quantize.settings import QuantizeSettings
+from qbb_export.quantize.settings import OFFSET_UP_TO, QuantizeSettings
 from qbb_export.quantize.sums import tree_sum
 
 # Weights of whole groups fitted at once; like ``rows.BLOCK`` it bounds the memory and changes no result.
@@ -54,6 +55,8 @@ def quantize(
             ``scale_dtype="float16"`` cannot hold, and for an unknown recipe.
     """
     source, work = as_rows(weights), recipe_by_name(recipe)
+    if settings.offset is None:
+        settings = replace(settings, offset=recipe == "fast" and settings.bases <= OFFSET_UP_TO)
     shape: tuple[int, ...] = source.shape
     if len(shape) != 2 or 0 in shape:
         raise QbbError("not a matrix", where=name, expected="[out_features, in_features]", got=list(shape))

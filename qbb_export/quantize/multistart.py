@@ -36,7 +36,7 @@ def best_fit(xp: Any, groups: Any, settings: QuantizeSettings) -> tuple[Fit, lis
     prepared = SortedGroups.of(xp, groups)
     best: Fit | None = None
     error: Any = None
-    for start in all_starts(xp, prepared, settings.bases, settings.offset):
+    for start in all_starts(xp, prepared, settings.bases, bool(settings.offset)):
         fit, trace = alternate(xp, prepared, start, min(TRIAL_ROUNDS, settings.rounds))
         best, error = _keep(xp, fit, trace[-1], best, error)
     assert best is not None

@@ -7,6 +7,10 @@ from dataclasses import asdict, dataclass
 from qbb_export.errors import QbbError
 from qbb_export.format import MAX_BASES, effective_group_size
 
+# An offset shifts all levels of a group. The fewer levels, the more that helps: measured on language and embedding models
+# (docs/results.md) it pays for its 32 bits at 2 and 3 bases, and hardly at 4.
+OFFSET_UP_TO = 3
+
 SCALE_DTYPES = ("auto", "float16", "float32")
 
 
@@ -18,7 +22,8 @@ class QuantizeSettings:
         bases: binary matrices, 1..8; a weight then takes one of ``2**bases`` levels and costs about ``bases`` bits.
         group_size: inputs that share a scale: 0 for the whole row, else a multiple of 32. A group costs
             ``16 * bases`` bits for its scales.
-        offset: add a float32 offset to each group, for weights that are not symmetric around zero; 32 bits a group.
+        offset: add a float32 offset to each group, 32 bits a group. None leaves it to the recipe: ``fast`` adds it for up
+            to ``OFFSET_UP_TO`` bases.
         rounds: at most so many rounds of alternating minimisation from the best start, 0..1000.
         shakes: attempts to leave the local minimum that was reached, 0..1000; each costs a few rounds.
         scale_dtype: ``"float16"``, ``"float32"``, or ``"auto"``: float16, unless the largest weight of the layer is so
@@ -30,7 +35,7 @@ class QuantizeSettings:
 
     bases: int = 4
     group_size: int = 128
-    offset: bool = False
+    offset: bool | None = None
     rounds: int = 20
     shakes: int = 8
     scale_dtype: str = "auto"
@@ -50,6 +55,6 @@ class QuantizeSettings:
                 got=self.scale_dtype,
             )
 
-    def as_dict(self) -> dict[str, int | bool | str]:
+    def as_dict(self) -> dict[str, int | bool | str | None]:
         """Plain values by field name, for JSON."""
         return asdict(self)

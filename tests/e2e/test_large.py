@@ -25,7 +25,9 @@ def write_model(folder: Path) -> Path:
     """Linear layers in a row; weights in one external file, written without ever holding two of them."""
     rng = np.random.default_rng(0)
     body = " ".join(f"x{i + 1} = MatMul (x{i}, layers_{i}_weight)" for i in range(LAYERS))
-    text = f'<ir_version: 8, opset_import: ["": 17]> g (float[m, {SIZE}] x0) => (float[m, {SIZE}] x{LAYERS}) {{ {body} }}'
+    text = (
+        f'<ir_version: 8, opset_import: ["": 17]> g (float[m, {SIZE}] x0) => (float[m, {SIZE}] x{LAYERS}) {{ {body} }}'
+    )
     proto = onnx.parser.parse_model(text)
     bytes_each = 4 * SIZE * SIZE
     with (folder / "weights.bin").open("wb") as file:

@@ -102,7 +102,9 @@ def test_shared_weights_are_packed_once():
 
 
 def test_layers_in_a_row():
-    text = "g (float[b, 40] x) => (float[b, 40] y) { m = MatMul (x, w) n = MatMul (m, v) a = Add (n, d) y = Gemm (a, u) }"
+    text = (
+        "g (float[b, 40] x) => (float[b, 40] y) { m = MatMul (x, w) n = MatMul (m, v) a = Add (n, d) y = Gemm (a, u) }"
+    )
     weights = {"w": W, "v": W.T.copy(), "d": integers(RNG, 40), "u": integers(RNG, 40, 40)}
     ours, dense = binarized(graph(text, weights), bases=1)
     x = integers(RNG, 2, 40)

@@ -22,7 +22,7 @@ def quantize_linears(model: torch.nn.Module, prefix: str, settings: QuantizeSett
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bases", "offset", "least"), [(4, False, 0.974), (4, True, 0.978), (3, True, 0.91)])
+@pytest.mark.parametrize(("bases", "offset", "least"), [(4, False, 0.972), (4, True, 0.976), (3, True, 0.90)])
 @torch.no_grad()
 def test_sentence_embeddings(minilm_dir: Path, bases: int, offset: bool, least: float) -> None:
     from transformers import AutoModel, AutoTokenizer
