@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from qbb_export.errors import QbbError
+from qbb_export.files import sync_folder, write_whole
 
 # Protocol buffers cannot hold more.
 _MAX_GRAPH_BYTES = 2**31
@@ -133,8 +134,7 @@ def save(model: ir.Model, path: Path, *, on_tensor: OnTensor | None = None) -> i
     Raises:
         QbbError: the disk is full or the folder cannot be written; what was there before is left as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary_data = temporary.with_suffix(".data")
+    temporary_data = path.with_name(f"{path.name}.data.tmp")
     try:
         ir.external_data.unload_from_model(
             model,
@@ -149,15 +149,14 @@ def save(model: ir.Model, path: Path, *, on_tensor: OnTensor | None = None) -> i
         if temporary_data.exists():
             data = path.with_name(f"{path.stem}.{_sha256_and_sync(temporary_data)}.data")
             _point_to(model, data.name)
-        _write_and_sync(temporary, ir.to_proto(model).SerializeToString(deterministic=True))
+        graph = ir.to_proto(model).SerializeToString(deterministic=True)
         if data is not None:
             temporary_data.replace(data)
-        temporary.replace(path)
-        _sync_folder(path.parent)
+            sync_folder(path.parent)
+        write_whole(path, graph)
     except OSError as error:
         raise QbbError("cannot write the model", where=path, got=error.strerror or str(error)) from error
     finally:
-        temporary.unlink(missing_ok=True)
         temporary_data.unlink(missing_ok=True)
     for stale in path.parent.glob(f"{path.stem}.*.data"):
         if data_digest(stale.name) and stale != data and stale.name[: -len(".data") - 65] == path.stem:
@@ -186,18 +185,3 @@ def _sha256_and_sync(path: Path) -> str:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
     return digest
-
-
-def _write_and_sync(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

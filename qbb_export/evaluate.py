@@ -103,7 +103,7 @@ def _negative_log_likelihood(logits: npt.NDArray[Any], ids: npt.NDArray[np.int64
 
 
 def find_tokenizer(model: Path, given: Path | None) -> Path:
-    """``--tokenizer``, else ``MODEL.tokenizer.json`` (the export writes it), else ``tokenizer.json`` beside the model."""
+    """``--tokenizer``, else ``MODEL.tokenizer.json`` as the export writes it, else ``tokenizer.json`` beside MODEL."""
     if given is not None:
         candidates = [given / "tokenizer.json" if given.is_dir() else given]
     else:

@@ -12,7 +12,6 @@ whole (a digest says so) and was made from the same weights with the same settin
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ from safetensors.numpy import save as save_tensors
 
 from qbb_export import __version__
 from qbb_export.errors import QbbError
+from qbb_export.files import write_whole
 from qbb_export.format import LAYOUT_ROWS, Spec
 from qbb_export.quantize import Quantized, QuantizeSettings, quantize
 from qbb_export.quantize.rows import as_rows, row_blocks, to_host
@@ -111,7 +111,7 @@ class Record:
                 "settings": None if settings is None else settings.as_dict(),
                 "version": __version__,
             }
-            _write(folder / "manifest.json", _json(manifest) + b"\n")
+            write_whole(folder / "manifest.json", _json(manifest) + b"\n")
         except BaseException as error:
             record.close()
             if isinstance(error, OSError):
@@ -185,7 +185,7 @@ class Record:
         }
         head["digest"] = _digest(head, tensors)
         try:
-            _write(self._path(name), save_tensors(tensors, {METADATA_KEY: _json(head).decode("ascii")}))
+            write_whole(self._path(name), save_tensors(tensors, {METADATA_KEY: _json(head).decode("ascii")}))
         except OSError as error:
             raise QbbError("cannot write the record", where=self._path(name), got=error) from error
 
@@ -263,24 +263,3 @@ def _take_lock(folder: Path) -> int | None:
         os.close(lock)
         raise QbbError("record is in use by another process", where=folder) from None
     return lock
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace a file in one step, and see to it that this survives a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

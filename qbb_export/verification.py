@@ -30,7 +30,7 @@ BODY_BOUND = 1e-4
 STUDENT_BOUND = 1e-3
 # float16 outputs carry 11 bits.
 HALF_BOUND = 1e-2
-# The function body makes dense copies of a layer. A model with a larger one is checked on a few rows of each layer instead.
+# The function body makes dense copies of a layer. A model with a larger one is checked on some rows of each instead.
 _BODY_MAX_WEIGHTS = 1 << 24
 _CHECKED_ROWS = 256
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from qbb_export.errors import QbbError
 from qbb_export.format import MAX_BASES, effective_group_size
 
-# An offset shifts all levels of a group. The fewer levels, the more that helps: measured on language and embedding models
+# An offset shifts all levels of a group. The fewer levels, the more that helps: on a language and an embedding model
 # (docs/results.md) it pays for its 32 bits at 2 and 3 bases, and hardly at 4.
 OFFSET_UP_TO = 3
 
@@ -22,8 +22,8 @@ class QuantizeSettings:
         bases: binary matrices, 1..8; a weight then takes one of ``2**bases`` levels and costs about ``bases`` bits.
         group_size: inputs that share a scale: 0 for the whole row, else a multiple of 32. A group costs
             ``16 * bases`` bits for its scales.
-        offset: add a float32 offset to each group, 32 bits a group. None leaves it to the recipe: ``fast`` adds it for up
-            to ``OFFSET_UP_TO`` bases.
+        offset: add a float32 offset to each group, 32 bits a group. None leaves it to the recipe: ``fast`` adds it for
+            up to ``OFFSET_UP_TO`` bases.
         rounds: at most so many rounds of alternating minimisation from the best start, 0..1000.
         shakes: attempts to leave the local minimum that was reached, 0..1000; each costs a few rounds.
         scale_dtype: ``"float16"``, ``"float32"``, or ``"auto"``: float16, unless the largest weight of the layer is so

@@ -1,4 +1,4 @@
-"""All implementations of the operator, from one definition: numpy, PyTorch, ONNX's reference evaluator, the function body
+"""All implementations of the operator, from one definition: numpy, PyTorch, onnx.reference, the function body
 in stock ONNX Runtime, and our library with each instruction set forced.
 
 Integer activations and power-of-two scales leave nothing to round, so equal means equal (the sign of a zero aside).
