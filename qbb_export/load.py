@@ -179,9 +179,19 @@ def _load_pretrained(source: str, options: LoadOptions, state_dict: Mapping[str,
     elif missing:
         raise QbbError("weights are missing", where=source, expected=missing[0], got=f"{len(missing)} missing")
     module.config.use_cache = False  # whole sequences: the cache would be a second set of outputs
-    tokenizer = folder / "tokenizer.json"
     inputs = options.inputs or _config_inputs(module, source)
-    return TorchModel(module.eval(), inputs, pretrained=True, tokenizer=tokenizer if tokenizer.is_file() else None)
+    return TorchModel(module.eval(), inputs, pretrained=True, tokenizer=_tokenizer_file(source))
+
+
+def _tokenizer_file(source: str) -> Path | None:
+    """tokenizer.json of a folder, or of a hub id in the cache."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    except OSError:  # no connection; the export does not depend on it
+        return None
+    return None if found is None else Path(found)
 
 
 def _model_class(config: Any) -> Any:

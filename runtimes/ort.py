@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnxruntime
 
-from qbb_export.custom_ops import library_path
+from qbb_export.custom_ops import library_info
 from qbb_export.errors import QbbError
 from qbb_export.passes.function_body import binary_basis_nodes
 from qbb_export.runtimes import gate
@@ -43,7 +43,7 @@ def session(
     model = gate.check(path, data=check_data)
     options = options or onnxruntime.SessionOptions()
     if library and binary_basis_nodes(model):
-        options.register_custom_ops_library(str(library_path()))
+        options.register_custom_ops_library(str(library_info().path))
     try:
         return onnxruntime.InferenceSession(path, options, providers=_PROVIDERS[device])
     except Exception as error:  # onnxruntime's exceptions share no base class

@@ -61,6 +61,24 @@ def test_example(example: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal([float(v) for v in values.split()], [float(f"{v:g}") for v in want.astype(float)])
 
 
+def test_example_runs_an_exported_model(example: Path, tmp_path: Path) -> None:
+    """From a float .onnx through the command line to C++; the same numbers as in Python."""
+    from qbb_export import cli
+    from qbb_export.runtimes.ort import session
+
+    weights = np.random.default_rng(4).standard_normal((96, 40)).astype(np.float32)
+    text = (
+        '<ir_version: 8, opset_import: ["": 17]> g (float[batch, 96] x) => (float[batch, 40] y) { y = MatMul (x, w) }'
+    )
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weights, "w"))
+    onnx.save(proto, tmp_path / "in.onnx")
+    assert cli.export_main([str(tmp_path / "in.onnx"), "-o", str(tmp_path / "out.onnx"), "--group-size", "32"]) == 0
+    printed = run(example, libonnxruntime(), library_path(), tmp_path / "out.onnx")
+    (expected,) = session(tmp_path / "out.onnx").run(None, {"x": np.full((2, 96), 0.5, np.float32)})
+    assert printed == "y [2, 40]: " + " ".join(f"{v:g}" for v in expected[0, :4]) + "\n"
+
+
 def test_example_tells_what_is_wrong(example: Path, tmp_path: Path) -> None:
     layer = make_layer(np.random.default_rng(0), 100, 20, 2, 32)
     model = make_node_model(layer)
