@@ -127,6 +127,15 @@ def _listing(folder: Path) -> str:
     return ", ".join(names[:5]) + (", …" if len(names) > 5 else "") if names else "an empty folder"
 
 
+def parameter_owners(loaded: TorchModel) -> dict[str, str]:
+    """Class of the module that owns each parameter, by the parameter's name; tied ones under each of their names."""
+    return {
+        f"{place}.{name}" if place else name: type(module).__name__
+        for place, module in loaded.module.named_modules(remove_duplicate=False)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
 # Hugging Face -------------------------------------------------------------------------------------------------------
 
 

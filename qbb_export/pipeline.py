@@ -13,7 +13,7 @@ from onnx_ir.passes import common
 from qbb_export import artifact, verification
 from qbb_export.capture import capture
 from qbb_export.format import LAYOUT_TILED, Spec, bits_per_weight, to_layout
-from qbb_export.load import LoadOptions, TorchModel
+from qbb_export.load import LoadOptions, TorchModel, parameter_owners
 from qbb_export.passes.binarize import BinarizeLinears, PackedLayer
 from qbb_export.passes.function_body import AttachFunctionBody, binary_basis_nodes
 from qbb_export.passes.linears import Linear, find_linears
@@ -123,7 +123,8 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
         record = None
     else:
         linears, rejected = find_linears(model)
-        chosen = select_layers(model, linears, rejected, options.selection, options.settings)
+        owners = None if torch_model is None else parameter_owners(torch_model)
+        chosen = select_layers(model, linears, rejected, options.selection, options.settings, owners)
         linears = [linear for linear in linears if linear.name in chosen]
         record_path = options.record or output.with_suffix(".qbb")
         with Record.open(record_path, recipe=options.recipe, settings=options.settings) as record:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -70,6 +70,7 @@ def select_layers(
     rejected: Sequence[Rejected],
     selection: Selection,
     settings: QuantizeSettings,
+    owners: Mapping[str, str] | None = None,
 ) -> dict[str, QuantizeSettings]:
     """The chosen layers' names, in execution order, each with its settings.
 
@@ -78,9 +79,21 @@ def select_layers(
     2. minus ``exclude``, plus ``include``: so ``--exclude '*' --include X`` is X alone
     3. ``overrides`` change settings, they choose nothing
 
+    Args:
+        model: the graph.
+        linears: its linear layers.
+        rejected: its matrix products that cannot be replaced.
+        selection: what the user asked for.
+        settings: of all layers without an override.
+        owners: kind of the module that owns each parameter, for messages about those that are no linear layers.
+
     Raises:
         QbbError: a pattern that fits no linear layer, or no layer chosen.
     """
+    kinds = {
+        name: ", ".join(sorted({usage.node.op_type for usage in value.uses()})) or "nothing"
+        for name, value in model.graph.initializers.items()
+    } | dict(owners or {})
     names = list(dict.fromkeys(linear.name for linear in linears))
     for option, patterns in (
         ("--include", selection.include),
@@ -89,7 +102,7 @@ def select_layers(
     ):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
-                raise _no_match(option, pattern, names, rejected, model)
+                raise _no_match(option, pattern, names, rejected, kinds)
     chosen = [name for name in default_layers(linears) if not _fits(name, selection.exclude)]
     chosen = [name for name in names if name in set(chosen) or _fits(name, selection.include)]
     if not chosen:
@@ -128,22 +141,20 @@ def _fits(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _no_match(
-    option: str, pattern: str, names: Sequence[str], rejected: Sequence[Rejected], model: ir.Model
+    option: str, pattern: str, names: Sequence[str], rejected: Sequence[Rejected], kinds: Mapping[str, str]
 ) -> QbbError:
     """Say why a pattern fits nothing: the layer cannot be replaced, is of another kind, or does not exist."""
+    where = f"{option} {pattern}"
     for item in rejected:
         if fnmatchcase(item.name, pattern):
-            return QbbError("layer cannot be quantised", where=f"{option} {pattern}", got=f"{item.name}, {item.reason}")
-    for name, value in model.graph.initializers.items():
+            return QbbError("layer cannot be quantised", where=where, got=f"{item.name}, {item.reason}")
+    for name, kind in kinds.items():
         if fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(".weight"), pattern):
-            users = sorted({usage.node.op_type for usage in value.uses()})
             return QbbError(
                 "only linear layers can be quantised",
-                where=f"{option} {pattern}",
-                expected="MatMul or Gemm",
-                got=f"{name}, used by {', '.join(users) or 'nothing'}",
+                where=where,
+                expected="MatMul or Gemm with a constant float weight",
+                got=f"{name} ({kind})",
             )
     close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
-    return QbbError(
-        "no such layer", where=f"{option} {pattern}", expected=f"a name such as {close[0]}" if close else None
-    )
+    return QbbError("no such layer", where=where, expected=f"a name such as {close[0]}" if close else None)

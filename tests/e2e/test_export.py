@@ -141,6 +141,13 @@ def test_choosing_layers(tmp_path):
     assert settings.count((1, 64)) == 8
 
 
+def test_a_layer_of_another_kind_is_named(tmp_path, capsys):
+    folder = models.tiny_llama(tmp_path / "hf", tie_word_embeddings=True)
+    assert export(folder, "-o", tmp_path / "m.onnx", "--include", "*embed_tokens") == 2
+    assert "only linear layers can be quantised" in (line := capsys.readouterr().err.strip().splitlines()[-1])
+    assert "got model.embed_tokens.weight (Embedding)" in line
+
+
 def test_float_recipe_writes_a_plain_model(tmp_path):
     folder = models.tiny_llama(tmp_path / "hf")
     assert export(folder, "-o", tmp_path / "m.onnx", "--recipe", "float") == 0
@@ -165,7 +172,7 @@ def test_float_recipe_writes_a_plain_model(tmp_path):
         (["cut.onnx"], "not an ONNX model"),
         (["evil.onnx"], "external data leaves the model's folder"),
         (["domain.onnx"], "operator of an unknown domain"),
-        (["emb.onnx", "--include", "table"], "only linear layers can be quantised; expected MatMul or Gemm; got table"),
+        (["emb.onnx", "--include", "table"], "only linear layers can be quantised; expected MatMul or Gemm with a"),
         (["in.onnx", "--device", "quantum"], "no such device"),
         (["in.onnx", "--unknown"], "unrecognized arguments"),
     ],
