@@ -14,7 +14,7 @@ from qbb_export.errors import QbbError
 from qbb_export.format import effective_group_size, pack_words
 from qbb_export.quantize.quantized import Quantized, rows_spec
 from qbb_export.quantize.recipes import GroupResult, Recipe, recipe_by_name
-from qbb_export.quantize.rows import WeightRows, as_rows, row_blocks, to_host
+from qbb_export.quantize.rows import WeightRows, as_rows, device_blocks, row_blocks, to_host
 from qbb_export.quantize.settings import OFFSET_UP_TO, QuantizeSettings
 from qbb_export.quantize.sums import tree_sum
 
@@ -131,7 +131,8 @@ def _quantize_columns(
     """The same for ``[R, G * group_size]``, where all groups are alike: lay them out one below the other, and back."""
     height = block.shape[0]
     groups = xp.reshape(block, (-1, group_size))
-    at_once = max(1, GROUP_BLOCK // max(group_size, 4 << settings.bases))  # a group needs room for its levels, too
+    room = max(group_size, 4 << settings.bases)  # a group needs room for its levels, too
+    at_once = max(1, GROUP_BLOCK * device_blocks(block) // room)
     pieces = [work(xp, groups[i : i + at_once], settings, scale_dtype) for i in range(0, groups.shape[0], at_once)]
 
     def rows(arrays: list[Any], *inner: int) -> Any:
