@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx.checker
 import onnx_ir as ir
 
 from qbb_export.artifact import read_graph
@@ -40,9 +41,19 @@ def capture(source: str, options: LoadOptions) -> tuple[ir.Model, TorchModel | N
         QbbError: MODEL cannot be opened, or PyTorch cannot export it.
     """
     if Path(source).suffix == ".onnx":
-        return read_graph(Path(source)), None
+        return _checked_graph(Path(source)), None
     loaded = load_torch(source, options)
     return capture_torch(loaded), loaded
+
+
+def _checked_graph(path: Path) -> ir.Model:
+    """An .onnx file's graph, if ONNX's own checker lets it pass."""
+    model = read_graph(path)
+    try:
+        onnx.checker.check_model(path)
+    except Exception as error:  # ValidationError is no subclass of one that Python has
+        raise QbbError("ONNX's checker refuses the model", where=path, got=error) from error
+    return model
 
 
 def capture_torch(loaded: TorchModel) -> ir.Model:

@@ -188,7 +188,7 @@ def _untile_rows(values: Array, axis: int, N: int) -> Array:
     swapped = np.swapaxes(values, axis + 1, axis + 2)
     shape = swapped.shape
     rows = swapped.reshape(*shape[:axis], shape[axis] * TILE_ROWS, shape[axis + 2])
-    return np.ascontiguousarray(np.take(rows, range(N), axis=axis))
+    return np.ascontiguousarray(rows[(slice(None),) * axis + (slice(N),)])
 
 
 def to_layout(
@@ -209,18 +209,15 @@ def to_layout(
     for name, array, shape in (("planes", words, rows.planes_shape), ("scales", scales, rows.scales_shape)):
         if array.shape != shape:
             raise QbbError(f"wrong shape of {name}", where=OP_TYPE, expected=shape, got=array.shape)
-    if offset is None:
-        offset = np.zeros((1, 1), dtype=np.float32)
-    elif offset.shape != rows.offset_shape:
+    if offset is not None and offset.shape != rows.offset_shape:
         raise QbbError("wrong shape of offset", where=OP_TYPE, expected=rows.offset_shape, got=offset.shape)
-    offset = offset.astype(np.float32, copy=False)
+    none = np.zeros((1, 1), dtype=np.float32)
     if spec.layout == LAYOUT_ROWS:
-        return words, scales, offset
-    has_offset = offset.shape == rows.offset_shape and rows.offset_shape != (1, 1)
+        return words, scales, none if offset is None else offset.astype(np.float32, copy=False)
     return (
         _tile_rows(swizzle(words), 1),
         _tile_rows(scales, 1),
-        _tile_rows(offset, 0) if has_offset else offset,
+        none if offset is None else _tile_rows(offset.astype(np.float32, copy=False), 0),
     )
 
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qbb_export import artifact, verification
 from qbb_export.capture import capture
+from qbb_export.errors import QbbError
+from qbb_export.files import write_whole
 from qbb_export.format import LAYOUT_TILED, Spec, bits_per_weight, to_layout
 from qbb_export.load import LoadOptions, TorchModel, parameter_owners
 from qbb_export.passes.binarize import BinarizeLinears, PackedLayer
@@ -23,7 +24,7 @@ from qbb_export.passes.verify import VerifyBinaryBasis
 from qbb_export.quantize import QuantizeSettings
 from qbb_export.record import Record
 from qbb_export.select import Selection, select_layers
-from qbb_export.verification import Comparison
+from qbb_export.verification import Arrays, Comparison
 from qbb_export.weights import InitializerRows
 
 # Called with the name of a stage, steps done and steps in all.
@@ -117,6 +118,7 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
     model, torch_model = capture(source, options.load)
     tell("reading the model", 1, 1)
     prepare_passes()(model)
+    VerifyBinaryBasis()(model)  # what would be refused at the end is refused before the work
     if options.recipe == "float":
         layers: dict[str, LayerReport] = {}
         linears: list[Linear] = []
@@ -134,7 +136,7 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
     model.producer_name, model.producer_version = "qbb-export", None
     VerifyBinaryBasis()(model)
     comparisons: list[Comparison] = []
-    feeds, float_outputs = _float_outputs(model, source, torch_model) if options.verify else ({}, None)
+    feeds, float_outputs = _float_outputs(model, source, torch_model) if options.verify else (None, None)
     file_bytes = artifact.save(model, output, on_tensor=lambda done, total: tell("writing", done, total))
     _write_tokenizer(torch_model, output)
     if options.verify:
@@ -218,26 +220,34 @@ def _packed(report: LayerReport, record: Record) -> PackedLayer:
 
 def _write_tokenizer(loaded: TorchModel | None, output: Path) -> None:
     """Keep the tokenizer beside the model, so that ``qbb eval`` needs nothing else."""
-    if loaded is not None and loaded.tokenizer is not None:
-        output.with_suffix(".tokenizer.json").write_bytes(loaded.tokenizer.read_bytes())
+    if loaded is None or loaded.tokenizer is None:
+        return
+    path = output.with_suffix(".tokenizer.json")
+    try:
+        write_whole(path, loaded.tokenizer.read_bytes())
+    except OSError as error:
+        raise QbbError("cannot write the tokenizer", where=path, got=error) from error
 
 
-Feeds = dict[str, "np.ndarray[tuple[int, ...], np.dtype[np.generic]]"]
+def _float_outputs(model: ir.Model, source: str, loaded: TorchModel | None) -> tuple[Arrays | None, Arrays | None]:
+    """Inputs to compare on, and what the float model makes of them.
 
-
-def _float_outputs(model: ir.Model, source: str, loaded: TorchModel | None) -> tuple[Feeds, Feeds | None]:
-    """Inputs to compare on, and what the float model makes of them (None where that would take too much memory)."""
-    names = [value.name or "" for value in model.graph.outputs]
+    No outputs where running it would take too much memory; no inputs either where the model does not take what we
+    make up (an .onnx file does not say what its integers mean).
+    """
     if loaded is not None:
-        inputs = loaded.inputs or verification.graph_inputs(model)
-        feeds = verification.sample_inputs(inputs, loaded.tokenizer)
         from qbb_export.module import run_module
 
+        names = [value.name or "" for value in model.graph.outputs]
+        feeds = verification.sample_inputs(loaded.inputs or verification.graph_inputs(model), loaded.tokenizer)
         return feeds, run_module(loaded.module, feeds, names, by_name=loaded.program is None)
     feeds = verification.sample_inputs(verification.graph_inputs(model), None)
     if not verification.body_is_affordable(model):
         return feeds, None
-    return feeds, verification.run_file(Path(source), feeds, library=False)
+    try:
+        return feeds, verification.run_file(Path(source), feeds, library=False)
+    except QbbError:
+        return None, None
 
 
 def _student(loaded: TorchModel | None, linears: list[Linear], record: Record | None) -> TorchModel | None:
@@ -254,9 +264,11 @@ def _student(loaded: TorchModel | None, linears: list[Linear], record: Record | 
 
 
 def _verify(
-    model: ir.Model, output: Path, student: TorchModel | None, feeds: Feeds, float_outputs: Feeds | None
+    model: ir.Model, output: Path, student: TorchModel | None, feeds: Arrays | None, float_outputs: Arrays | None
 ) -> list[Comparison]:
     """The verification table: library against student and function body; against the float model for information."""
+    if feeds is None:
+        return verification.check_layers(output)
     ours = verification.run_file(output, feeds, library=True)
     rows: list[Comparison] = []
     if student is not None:

@@ -22,6 +22,7 @@ from qbb_export.reference import binary_basis_matmul
 from qbb_export.runtimes import ort
 
 Array = npt.NDArray[Any]
+Arrays = dict[str, Array]
 
 # Largest difference allowed, relative to the largest magnitude of the output. Both sides sum in float32 but in another
 # order in every layer; a few dozen layers lift the float32 step of 1.2e-7 to 1e-5 or so.
@@ -95,15 +96,19 @@ def compare(
     return rows
 
 
-def sample_inputs(inputs: tuple[InputSpec, ...], tokenizer: Path | None, seed: int = 0) -> dict[str, Array]:
+def sample_inputs(inputs: tuple[InputSpec, ...], tokenizer: Path | None, seed: int = 0) -> Arrays:
     """Something to feed a model with: sentences where there is a tokenizer, random values elsewhere.
 
-    Dynamic dimensions become 2 (the first) and 24 (others).
+    A dynamic dimension becomes 2 where it is first seen as the first one of an input, else 24; one name, one size.
     """
     rng = np.random.default_rng(seed)
-    feeds: dict[str, Array] = {}
+    feeds: Arrays = {}
+    sizes: dict[str, int] = {}
     for spec in inputs:
-        dims = [d if isinstance(d, int) else (_BATCH if axis == 0 else _SEQUENCE) for axis, d in enumerate(spec.dims)]
+        for axis, d in enumerate(spec.dims):
+            if isinstance(d, str):
+                sizes.setdefault(d, _SEQUENCE if axis else _BATCH)
+        dims = [sizes[d] if isinstance(d, str) else d for d in spec.dims]
         if spec.name.endswith("mask"):
             feeds[spec.name] = np.ones(dims, dtype=spec.dtype)
         elif spec.name == "token_type_ids":
@@ -136,11 +141,18 @@ def graph_inputs(model: ir.Model) -> tuple[InputSpec, ...]:
     return tuple(specs)
 
 
-def run_file(path: Path, feeds: Mapping[str, Array], *, library: bool) -> dict[str, Array]:
-    """Run an exported file in ONNX Runtime, with our library or through the function body."""
+def run_file(path: Path, feeds: Mapping[str, Array], *, library: bool) -> Arrays:
+    """Run a file in ONNX Runtime, with our library or through the function body.
+
+    Raises:
+        QbbError: ONNX Runtime cannot run it on these inputs.
+    """
     session = ort.session(path, library=library, check_data=library)
     names = [value.name for value in session.get_outputs()]
-    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+    try:
+        return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise QbbError("ONNX Runtime cannot run the model", where=path, got=error) from error
 
 
 def body_is_affordable(model: ir.Model) -> bool:
