@@ -71,12 +71,12 @@ def torch_outputs(layers: list[Layer], x: np.ndarray) -> list[np.ndarray] | None
     outputs = []
     for layer in layers:
         words, scales, offset = fmt.from_layout(layer.planes, layer.scales, layer.offset, layer.spec)
-        offset = np.ascontiguousarray(np.broadcast_to(offset, (layer.spec.N, layer.spec.groups)))
+        offset = np.broadcast_to(offset, (layer.spec.N, layer.spec.groups)).copy()
         module = BinaryBasisLinear(
             torch.from_numpy(words.view(np.int32)),
             torch.from_numpy(scales),
             torch.from_numpy(offset),
-            torch.from_numpy(np.ascontiguousarray(np.broadcast_to(layer.bias, layer.spec.N))),
+            torch.from_numpy(np.broadcast_to(layer.bias, layer.spec.N).copy()),
             in_features=layer.spec.K,
             group_size=layer.spec.group_size,
         )
