@@ -68,6 +68,7 @@ def torch_outputs(layers: list[Layer], x: np.ndarray) -> list[np.ndarray] | None
         return None
     from qbb_export.module import BinaryBasisLinear
 
+    torch.set_num_threads(1)  # hundreds of tiny products; handing them to other threads costs more than they do
     outputs = []
     for layer in layers:
         words, scales, offset = fmt.from_layout(layer.planes, layer.scales, layer.offset, layer.spec)
