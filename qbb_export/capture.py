@@ -17,7 +17,8 @@ import onnx_ir as ir
 
 from qbb_export.artifact import read_graph
 from qbb_export.errors import QbbError
-from qbb_export.load import InputSpec, LoadOptions, TorchModel, load_torch
+from qbb_export.load import load_torch
+from qbb_export.source import InputSpec, LoadOptions, TorchModel
 
 if TYPE_CHECKING:
     import torch

@@ -121,10 +121,10 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_export(options: argparse.Namespace) -> int:
     from qbb_export.format import LAYOUT_ROWS, LAYOUT_TILED
-    from qbb_export.load import InputSpec, LoadOptions
     from qbb_export.pipeline import ExportOptions, export
     from qbb_export.quantize import QuantizeSettings
     from qbb_export.select import Override, Selection
+    from qbb_export.source import InputSpec, LoadOptions
 
     given = {"bases": options.bases, "group_size": options.group_size, "offset": options.offset}
     settings = QuantizeSettings(**{key: value for key, value in given.items() if value is not None})

@@ -14,7 +14,6 @@ from qbb_export.capture import capture
 from qbb_export.errors import QbbError
 from qbb_export.files import write_whole
 from qbb_export.format import LAYOUT_TILED, Spec, bits_per_weight, to_layout
-from qbb_export.load import LoadOptions, TorchModel, parameter_owners
 from qbb_export.passes.binarize import BinarizeLinears, PackedLayer
 from qbb_export.passes.function_body import AttachFunctionBody, binary_basis_nodes
 from qbb_export.passes.linears import Linear, find_linears
@@ -24,6 +23,7 @@ from qbb_export.passes.verify import VerifyBinaryBasis
 from qbb_export.quantize import QuantizeSettings
 from qbb_export.record import Record
 from qbb_export.select import Selection, select_layers
+from qbb_export.source import LoadOptions, TorchModel, parameter_owners
 from qbb_export.verification import Arrays, Comparison
 from qbb_export.weights import InitializerRows
 

@@ -15,11 +15,11 @@ import onnx_ir as ir
 from qbb_export.artifact import read_graph, save
 from qbb_export.errors import QbbError
 from qbb_export.format import OP_TYPE, OPSET_VERSION, Spec
-from qbb_export.load import InputSpec
 from qbb_export.passes.function_body import MIN_IR_VERSION, MIN_OPSET, AttachFunctionBody, binary_basis_nodes
 from qbb_export.passes.verify import node_spec
 from qbb_export.reference import binary_basis_matmul
 from qbb_export.runtimes import ort
+from qbb_export.source import InputSpec
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]

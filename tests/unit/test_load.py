@@ -8,7 +8,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from qbb_export.errors import QbbError  # noqa: E402
-from qbb_export.load import InputSpec, LoadOptions, load_torch  # noqa: E402
+from qbb_export.load import load_torch  # noqa: E402
+from qbb_export.source import InputSpec, LoadOptions  # noqa: E402
 from tests.unit import models  # noqa: E402
 
 X = (InputSpec("x", "float32", ("batch", 40)),)
