@@ -76,7 +76,8 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 3.8))
     baseline = next(p["perplexity"] for p in points if p["recipe"] == "float")
     axes.axhline(baseline, color="0.5", linestyle="--", linewidth=1)
-    axes.text(2.1, baseline * 1.01, f"float: {baseline:.2f}", color="0.35", va="bottom")
+    right = max(p["bits_per_weight"] for p in points if p["recipe"] != "float")
+    axes.text(right, baseline * 1.01, f"float: {baseline:.2f}", color="0.35", ha="right", va="bottom")
     for recipe, label, marker in (
         ("greedy", "greedy: the paper's first step alone", "s"),
         ("fast", "fast: the default, weights only", "o"),
