@@ -129,7 +129,7 @@ def main() -> None:
         )
         table.add_row(row["model"], *figures)
     console.print(table)
-    console.print("The file also holds the token embeddings, 47 MB in float32; later versions shrink them as well.")
+    console.print("47 MB of each file are the token embeddings, which stay float32.")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
