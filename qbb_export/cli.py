@@ -98,10 +98,15 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--record", type=Path, metavar="DIR", help="per-layer results, for resuming (default: FILE.qbb)")
     quantize = parser.add_argument_group("quantisation")
     quantize.add_argument("--recipe", choices=("fast", "greedy", "float"), default="fast", help="default: fast")
-    quantize.add_argument("--bases", type=int, metavar="N", help="binary matrices per layer, 1..8")
-    quantize.add_argument("--group-size", type=int, metavar="G", help="inputs per scale: 0 (whole row), 32, 64, 128, …")
+    quantize.add_argument("--bases", type=int, metavar="N", help="binary matrices per layer, 1..8 (default: 4)")
     quantize.add_argument(
-        "--offset", action=argparse.BooleanOptionalAction, default=None, help="one more number per group: its mean"
+        "--group-size", type=int, metavar="G", help="inputs per scale: 0 (whole row), 32, 64, … (default: 128)"
+    )
+    quantize.add_argument(
+        "--offset",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="one more number per group, that shifts its levels (default: on up to 3 bases)",
     )
     quantize.add_argument("--device", default="cpu", help="where to quantise: cpu, cuda, cuda:1, …")
     layers = parser.add_argument_group(
