@@ -28,16 +28,20 @@ def check_safetensors(file: Path) -> None:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
+    """No bars and retries on the terminal: what goes wrong is told in one line at the end."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    levels = [(log, log.get_verbosity()) for log in (logging, hub_logging)]
     bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    for log, _ in levels:
+        log.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        for log, level in levels:
+            log.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
 

@@ -106,6 +106,18 @@ def test_onnx_in(tmp_path):
     assert [v.name for v in before.get_outputs()] == [v.name for v in after.get_outputs()]
 
 
+def test_pytorch_and_onnx_give_the_same_weights(tmp_path):
+    """A data file bears the digest of its bytes, so equal names are equal weights: planes, scales and all others."""
+    folder = models.tiny_llama(tmp_path / "hf")
+    assert export(folder, "-o", tmp_path / "float.onnx", "--recipe", "float", "--no-verify") == 0
+    digests = []
+    for source, out in ((folder, "a.onnx"), (tmp_path / "float.onnx", "b.onnx")):
+        assert export(source, "-o", tmp_path / out, *SMALL) == 0
+        (data,) = tmp_path.glob(f"{out[0]}.*.data")
+        digests.append(data.name.split(".")[1])
+    assert digests[0] == digests[1]
+
+
 def test_running_again_is_byte_identical_and_uses_the_record(tmp_path, monkeypatch):
     source = onnx_model(tmp_path / "in.onnx")
     assert export(source, "-o", tmp_path / "a.onnx", *SMALL) == 0
