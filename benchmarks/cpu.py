@@ -26,6 +26,7 @@ from rich.table import Table
 
 from qbb_export.custom_ops import library_info, library_path
 from qbb_export.format import DOMAIN, OP_TYPE, OPSET_VERSION, Spec
+from qbb_export.passes.function_body import AttachFunctionBody
 
 CACHE_BYTES = 96 << 20
 TURNS = 40
@@ -36,7 +37,7 @@ GROUP_SIZE = 128
 class Row:
     """One line of the table and one object of the JSON file."""
 
-    kernel: str  # "qbb" or "fp32"
+    kernel: str  # "qbb", "fp32", or "body": the function body in stock ONNX Runtime
     bases: int | None
     mode: str  # activations: "exact" is float
     shape: str  # KxN
@@ -52,7 +53,7 @@ def constant(name: str, array: Any) -> ir.Value:
     return ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
 
 
-def model(k: int, n: int, bases: int | None) -> tuple[bytes, int]:
+def model(kernel: str, k: int, n: int, bases: int | None) -> tuple[bytes, int]:
     """A model of one node, and the bytes of its weights."""
     rng = np.random.default_rng(0)
     x = ir.Value(name="x", shape=ir.Shape(["m", k]), type=ir.TensorType(ir.DataType.FLOAT))
@@ -73,21 +74,25 @@ def model(k: int, n: int, bases: int | None) -> tuple[bytes, int]:
     opsets = {"": 20, DOMAIN: OPSET_VERSION}
     graph = ir.Graph([x], [y], nodes=[node], initializers=weights, opset_imports=opsets, name="bench")
     size = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
-    return ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString(), size
+    result = ir.Model(graph, ir_version=10)
+    if kernel == "body":
+        AttachFunctionBody()(result)
+    return ir.to_proto(result).SerializeToString(), size
 
 
 class Contender:
     """A kernel at one shape and thread count: sessions over copies of the weights that are used in turn."""
 
-    def __init__(self, k: int, n: int, bases: int | None, threads: int) -> None:
-        self.bases, self.shape, self.threads = bases, f"{k}x{n}", threads
-        data, self.bytes = model(k, n, bases)
+    def __init__(self, kernel: str, k: int, n: int, bases: int | None, threads: int) -> None:
+        self.kernel, self.bases, self.shape, self.threads = kernel, bases, f"{k}x{n}", threads
+        data, self.bytes = model(kernel, k, n, bases)
         self.copies = max(2, -(-CACHE_BYTES // self.bytes))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         # Idle threads of one session would otherwise spin on the processors that the next one needs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.register_custom_ops_library(str(library_path()))
+        if kernel == "qbb":
+            options.register_custom_ops_library(str(library_path()))
         providers = ["CPUExecutionProvider"]
         self.sessions = [onnxruntime.InferenceSession(data, options, providers=providers) for _ in range(self.copies)]
         self.turn = 0
@@ -106,14 +111,14 @@ class Contender:
         """The median of the undisturbed turns."""
         good = [wall for wall, share in self.times if share >= 0.9] or [wall for wall, _ in self.times]
         seconds = statistics.median(good)
-        kernel = "fp32" if self.bases is None else "qbb"
         gbps = self.bytes / seconds / 1e9
-        return Row(kernel, self.bases, "exact", self.shape, batch, self.threads, 1e3 * seconds, gbps)
+        return Row(self.kernel, self.bases, "exact", self.shape, batch, self.threads, 1e3 * seconds, gbps)
 
 
-def measure(k: int, n: int, batch: int, threads: int, bases: list[int]) -> list[Row]:
+def measure(k: int, n: int, batch: int, threads: int, bases: list[int], *, body: bool) -> list[Row]:
     """All contenders at one shape, taking turns."""
-    contenders = [Contender(k, n, b, threads) for b in (None, *bases)]
+    kinds = [("fp32", None), *(("qbb", b) for b in bases), *(("body", b) for b in bases if body)]
+    contenders = [Contender(kernel, k, n, b, threads) for kernel, b in kinds]
     x = np.random.default_rng(1).standard_normal((batch, k), dtype=np.float32)
     turns = TURNS if batch < 32 else TURNS // 2
     for turn in range(turns + 3):
@@ -131,6 +136,7 @@ def main() -> None:
     parser.add_argument("--batch", default="1", help="rows of X,…")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--bases", default="2,3,4")
+    parser.add_argument("--body", action="store_true", help="also the function body in stock ONNX Runtime")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     bases = [int(b) for b in options.bases.split(",")]
@@ -142,7 +148,7 @@ def main() -> None:
     ]
     rows: list[Row] = []
     for k, n, batch, threads in track(cases, "measuring", console=Console(stderr=True), transient=True):
-        rows += measure(k, n, batch, threads, bases)
+        rows += measure(k, n, batch, threads, bases, body=options.body)
     isa = next(name for name, available in library_info().isas.items() if available)
     table = Table(title=f"ONNX Runtime {onnxruntime.__version__}, our kernels: {isa}, groups of {GROUP_SIZE}")
     for column in ("shape", "batch", "threads", "kernel", "ms", "GB/s", "against fp32"):
@@ -151,6 +157,7 @@ def main() -> None:
         case = (row.shape, row.batch, row.threads)
         base = next(r for r in rows if r.kernel == "fp32" and (r.shape, r.batch, r.threads) == case)
         kernel = "fp32 MatMul" if row.bases is None else f"{row.bases} bases"
+        kernel += ", function body" if row.kernel == "body" else ""
         figures = (f"{row.median_ms:.3f}", f"{row.gbps:.1f}", f"{base.median_ms / row.median_ms:.2f}x")
         table.add_row(row.shape, str(row.batch), str(row.threads), kernel, *figures)
     Console().print(table)
