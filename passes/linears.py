@@ -75,7 +75,7 @@ def find_linears(model: ir.Model) -> tuple[list[Linear], list[Rejected]]:
 
     A node is a linear layer where all of these hold; the number of the first that fails is in the reason:
 
-    1. it is MatMul, or Gemm without a constant left side, of the standard domain
+    1. it is MatMul or Gemm of the standard domain
     2. its right input comes from an initializer, through nothing but Cast, Transpose and Identity
     3. that initializer is float and two-dimensional, with a known shape
     4. that initializer is no graph input (a caller could override it)

@@ -6,17 +6,17 @@ ones are complete. A graph can therefore never be paired with another graph's we
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import onnx
+import onnx.checker
 import onnx_ir as ir
 
 from qbb_export.errors import QbbError
-from qbb_export.files import sync_folder, write_whole
+from qbb_export.files import file_sha256, sync_file, sync_folder, write_whole
 
 # Protocol buffers cannot hold more.
 _MAX_GRAPH_BYTES = 2**31
@@ -51,6 +51,22 @@ def read_graph(path: Path) -> ir.Model:
     for tensor in external_tensors(model):
         _check_external(tensor, path)
     return model
+
+
+def run_checker(path: Path, *, full: bool) -> None:
+    """Run ONNX's own checker on a file.
+
+    Args:
+        path: an .onnx file.
+        full: with shape inference, which refuses some models of other makes that ONNX Runtime takes.
+
+    Raises:
+        QbbError: it refuses the model.
+    """
+    try:
+        onnx.checker.check_model(path, full_check=full)
+    except Exception as error:  # ValidationError is no subclass of one that Python has
+        raise QbbError("ONNX's checker refuses the model", where=path, got=error) from error
 
 
 def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
@@ -147,10 +163,11 @@ def save(model: ir.Model, path: Path, *, on_tensor: OnTensor | None = None) -> i
         )
         data = None
         if temporary_data.exists():
-            data = path.with_name(f"{path.stem}.{_sha256_and_sync(temporary_data)}.data")
+            data = path.with_name(f"{path.stem}.{file_sha256(temporary_data)}.data")
             _point_to(model, data.name)
         graph = ir.to_proto(model).SerializeToString(deterministic=True)
         if data is not None:
+            sync_file(temporary_data)
             temporary_data.replace(data)
             sync_folder(path.parent)
         write_whole(path, graph)
@@ -178,10 +195,3 @@ def _point_to(model: ir.Model, location: str) -> None:
                     name=value.name or "",
                     base_dir=tensor.base_dir,
                 )
-
-
-def _sha256_and_sync(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    return digest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from qbb_export.quantize import QuantizeSettings
 from qbb_export.record import Record
 from qbb_export.select import Selection, select_layers
 from qbb_export.source import LoadOptions, TorchModel, parameter_owners
-from qbb_export.verification import Arrays, Comparison
+from qbb_export.verification import Array, Arrays, Comparison
 from qbb_export.weights import InitializerRows
 
 # Called with the name of a stage, steps done and steps in all.
@@ -60,12 +61,18 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantised matrix: its nodes' attributes, bits per weight with scales and padding, relative squared error."""
+    """One quantised matrix: its nodes' attributes, types of what is stored, relative squared error."""
 
     name: str
     spec: Spec
-    bits_per_weight: float
+    scale_type: ir.DataType
+    offset: bool
     relative_error: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Scales, offsets and padding counted."""
+        return bits_per_weight(self.spec, scale_bits=self.scale_type.bitwidth, offset=self.offset)
 
 
 @dataclass(frozen=True)
@@ -182,39 +189,37 @@ def _quantize_all(
         done += linear.in_features * linear.out_features
         tell("quantising weights", done, total)
         spec = replace(layer.spec, layout=options.layout)
-        bits = bits_per_weight(spec, scale_bits=8 * layer.scales.itemsize, offset=layer.offset is not None)
-        reports[name] = LayerReport(name, spec, bits, layer.relative_error)
+        scale_type = ir.DataType.from_numpy(layer.scales.dtype)
+        reports[name] = LayerReport(name, spec, scale_type, layer.offset is not None, layer.relative_error)
     return reports
 
 
 def _rewrite(model: ir.Model, linears: list[Linear], layers: Mapping[str, LayerReport], record: Record) -> None:
+    @functools.lru_cache(maxsize=1)  # a layer's initializers are written one after the other
+    def initializers(name: str) -> tuple[Array, ...]:
+        layer = record.load(name)
+        return to_layout(layer.words, layer.scales, layer.offset, layers[name].spec)
+
     NormalizeLinears(linears)(model)
-    packed = {name: _packed(report, record) for name, report in layers.items()}
-    BinarizeLinears(packed)(model)
+    BinarizeLinears({name: _packed(report, initializers) for name, report in layers.items()})(model)
     AttachFunctionBody()(model)
 
 
-def _packed(report: LayerReport, record: Record) -> PackedLayer:
-    """The initializers of a layer, read from the record when they are written."""
-    spec, name = report.spec, report.name
-    layer = record.load(name)
-
-    def tensor(index: int) -> Callable[[], ir.TensorProtocol]:
-        def read() -> ir.TensorProtocol:
-            fresh = record.load(name)
-            return ir.tensor(to_layout(fresh.words, fresh.scales, fresh.offset, spec)[index])
-
-        return read
+def _packed(report: LayerReport, initializers: Callable[[str], tuple[Array, ...]]) -> PackedLayer:
+    """The initializers (B, S, Z) of a layer, read when they are written."""
 
     def lazy(index: int, shape: tuple[int, ...], dtype: ir.DataType) -> ir.LazyTensor:
-        return ir.LazyTensor(tensor(index), dtype=dtype, shape=ir.Shape(shape))
+        def read() -> ir.TensorProtocol:
+            return ir.tensor(initializers(report.name)[index])
 
-    scale_type = ir.DataType.from_numpy(layer.scales.dtype)
+        return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape))
+
+    spec = report.spec
     return PackedLayer(
         spec,
         planes=lazy(0, spec.planes_shape, ir.DataType.UINT32),
-        scales=lazy(1, spec.scales_shape, scale_type),
-        offset=None if layer.offset is None else lazy(2, spec.offset_shape, ir.DataType.FLOAT),
+        scales=lazy(1, spec.scales_shape, report.scale_type),
+        offset=lazy(2, spec.offset_shape, ir.DataType.FLOAT) if report.offset else None,
     )
 
 

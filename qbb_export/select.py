@@ -90,10 +90,6 @@ def select_layers(
     Raises:
         QbbError: a pattern that fits no linear layer, or no layer chosen.
     """
-    kinds = {
-        name: ", ".join(sorted({usage.node.op_type for usage in value.uses()})) or "nothing"
-        for name, value in model.graph.initializers.items()
-    } | dict(owners or {})
     names = list(dict.fromkeys(linear.name for linear in linears))
     for option, patterns in (
         ("--include", selection.include),
@@ -102,7 +98,7 @@ def select_layers(
     ):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
-                raise _no_match(option, pattern, names, rejected, kinds)
+                raise _no_match(option, pattern, names, rejected, _kinds(model, owners or {}))
     chosen = [name for name in default_layers(linears) if not _fits(name, selection.exclude)]
     chosen = [name for name in names if name in set(chosen) or _fits(name, selection.include)]
     if not chosen:
@@ -138,6 +134,15 @@ def _is_head(linear: Linear) -> bool:
 
 def _fits(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _kinds(model: ir.Model, owners: Mapping[str, str]) -> dict[str, str]:
+    """What each parameter and initializer belongs to: a class of modules, or the operators that read it."""
+    readers = {
+        name: ", ".join(sorted({usage.node.op_type for usage in value.uses()})) or "nothing"
+        for name, value in model.graph.initializers.items()
+    }
+    return readers | dict(owners)
 
 
 def _no_match(

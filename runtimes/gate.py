@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
-import onnx.checker
 import onnx_ir as ir
 
-from qbb_export.artifact import data_digest, external_tensors, read_graph
+from qbb_export.artifact import data_digest, external_tensors, read_graph, run_checker
 from qbb_export.errors import QbbError
+from qbb_export.files import file_sha256
 from qbb_export.passes.verify import VerifyBinaryBasis
 
 
@@ -32,10 +31,7 @@ def check(path: Path, *, data: bool = True) -> ir.Model:
     if data:
         for file in sorted({tensor.path for tensor in external_tensors(model)}):
             _check_digest(Path(file))
-    try:
-        onnx.checker.check_model(path, full_check=True)
-    except Exception as error:
-        raise QbbError("ONNX's checker refuses the model", where=path, got=str(error)) from error
+    run_checker(path, full=True)
     try:
         VerifyBinaryBasis()(model)
     except QbbError as error:
@@ -47,7 +43,6 @@ def _check_digest(file: Path) -> None:
     expected = data_digest(file.name)
     if expected is None:
         return
-    with file.open("rb") as stream:
-        got = hashlib.file_digest(stream, "sha256").hexdigest()
+    got = file_sha256(file)
     if got != expected:
         raise QbbError("weights are damaged", where=file, expected=f"SHA-256 {expected}", got=got)
