@@ -1,95 +1,23 @@
-"""The command line: ``qbb-export MODEL -o model.onnx``, and ``qbb VERB`` for everything."""
+"""``qbb-export MODEL -o model.onnx``."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qbb_export.errors import QbbError
+from qbb_export.cli.terminal import EXIT_DISAGREES, progress_bars
 
 if TYPE_CHECKING:
     from qbb_export.pipeline import ExportReport
     from qbb_export.verification import Comparison
 
-EXIT_BAD_INPUT = 2
-EXIT_DISAGREES = 1
-EXIT_INTERRUPTED = 130
 
-_messages = Console(stderr=True)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Tells a usage error in one line, like every other error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise QbbError(message, where=self.prog)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """``qbb VERB …``; returns the exit code."""
-    parser = _Parser(prog="qbb", description="Language and embedding models as sums of binary matrices, in ONNX.")
-    parser.add_argument("--version", action="version", version=version("qbb-export"))
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=_Parser)
-    export = verbs.add_parser("export", help="quantise a model and write it as ONNX (same as qbb-export)")
-    _add_export_arguments(export)
-    evaluate = verbs.add_parser("eval", help="perplexity of a language model on a text")
-    _add_eval_arguments(evaluate)
-    library = verbs.add_parser("library", help="print the path for RegisterCustomOpsLibrary")
-    library.add_argument("--json", action="store_true", help="also tell version, layouts and instruction sets")
-    library.set_defaults(run=_run_library)
-    return _run(parser, arguments)
-
-
-def export_main(arguments: Sequence[str] | None = None) -> int:
-    """``qbb-export MODEL -o model.onnx``; returns the exit code."""
-    parser = _Parser(prog="qbb-export", description="Quantise a model into binary bases and write it as ONNX.")
-    parser.add_argument("--version", action="version", version=version("qbb-export"))
-    _add_export_arguments(parser)
-    return _run(parser, arguments)
-
-
-def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
-    try:
-        options = parser.parse_args(arguments)
-        code: int = options.run(options)
-        return code
-    except QbbError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last finished layer", file=sys.stderr)
-        return EXIT_INTERRUPTED
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    columns = (
-        TextColumn("{task.description:<18}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_messages) as progress:
-        yield progress
-
-
-# export -------------------------------------------------------------------------------------------------------------
-
-
-def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``qbb-export`` and ``qbb export``."""
     add = parser.add_argument
     add("source", metavar="MODEL", help="Hugging Face folder or hub id, .onnx, .safetensors, .pt, .pt2")
     add("-o", "--output", type=Path, required=True, metavar="FILE.onnx", help="where to write")
@@ -121,10 +49,11 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     loading.add_argument("--input", action="append", default=[], metavar="NAME:DTYPE[DIMS]", help="a graph input")
     loading.add_argument("--trust-pickle", action="store_true", help="allow a file that runs code when it is loaded")
     parser.add_argument("--layout", choices=("tiled", "rows"), default="tiled", help="order of the packed words")
-    parser.set_defaults(run=_run_export)
+    parser.set_defaults(run=run)
 
 
-def _run_export(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
+    """Export and print the report; returns the exit code."""
     from qbb_export.format import LAYOUT_ROWS, LAYOUT_TILED
     from qbb_export.pipeline import ExportOptions, export
     from qbb_export.quantize import QuantizeSettings
@@ -148,7 +77,7 @@ def _run_export(options: argparse.Namespace) -> int:
         force=options.force,
         verify=not options.no_verify,
     )
-    with _progress() as progress:
+    with progress_bars() as progress:
         tasks: dict[str, int] = {}
 
         def tell(stage: str, done: int, total: int) -> None:
@@ -201,56 +130,3 @@ def _size(count: float) -> str:
             return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
         count /= 1000
     return f"{count:.2f} GB"
-
-
-# eval ---------------------------------------------------------------------------------------------------------------
-
-
-def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("model", type=Path, metavar="MODEL.onnx", help="a graph with input_ids and logits")
-    add("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
-    add("--window", type=int, default=1024, help="tokens per window (default 1024)")
-    add("--windows", type=int, metavar="N", help="stop after so many windows")
-    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json (default: the one beside the model)")
-    add("--no-library", action="store_true", help="run the function body instead of our kernel")
-    add("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=_run_eval)
-
-
-def _run_eval(options: argparse.Namespace) -> int:
-    from qbb_export.evaluate import perplexity
-
-    with _progress() as progress:
-        task = progress.add_task("windows", total=None)
-        result = perplexity(
-            options.model,
-            options.text,
-            window=options.window,
-            tokenizer=options.tokenizer,
-            library=not options.no_library,
-            max_windows=options.windows,
-            on_window=lambda done, total: progress.update(task, completed=done, total=total),
-        )
-    if options.json:
-        print(json.dumps({"model": str(options.model), "text": str(options.text), **asdict(result)}))
-        return 0
-    table = Table()
-    for column in ("model", "perplexity", "nats per token", "tokens", "windows"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    table.add_row(
-        options.model.name, f"{result.perplexity:.4f}", f"{result.nll:.5f}", str(result.tokens), str(result.windows)
-    )
-    Console().print(table)
-    return 0
-
-
-# library ------------------------------------------------------------------------------------------------------------
-
-
-def _run_library(options: argparse.Namespace) -> int:
-    from qbb_export.custom_ops import library_info
-
-    info = library_info()
-    print(json.dumps(asdict(info), default=str) if options.json else info.path)
-    return 0

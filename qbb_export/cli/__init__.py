@@ -1,0 +1,57 @@
+"""The command line: ``qbb-export MODEL -o model.onnx``, and ``qbb VERB`` for everything."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+
+from qbb_export.cli import eval as evaluate
+from qbb_export.cli import export
+from qbb_export.cli.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Parser
+from qbb_export.errors import QbbError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``qbb VERB …``; returns the exit code."""
+    parser = Parser(prog="qbb", description="Language and embedding models as sums of binary matrices, in ONNX.")
+    parser.add_argument("--version", action="version", version=version("qbb-export"))
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=Parser)
+    export.add_arguments(verbs.add_parser("export", help="quantise a model and write it as ONNX (same as qbb-export)"))
+    evaluate.add_arguments(verbs.add_parser("eval", help="perplexity of a language model on a text"))
+    library = verbs.add_parser("library", help="print the path for RegisterCustomOpsLibrary")
+    library.add_argument("--json", action="store_true", help="also tell version, layouts and instruction sets")
+    library.set_defaults(run=_run_library)
+    return _run(parser, arguments)
+
+
+def export_main(arguments: Sequence[str] | None = None) -> int:
+    """``qbb-export MODEL -o model.onnx``; returns the exit code."""
+    parser = Parser(prog="qbb-export", description="Quantise a model into binary bases and write it as ONNX.")
+    parser.add_argument("--version", action="version", version=version("qbb-export"))
+    export.add_arguments(parser)
+    return _run(parser, arguments)
+
+
+def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+    try:
+        options = parser.parse_args(arguments)
+        code: int = options.run(options)
+        return code
+    except QbbError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last finished layer", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run_library(options: argparse.Namespace) -> int:
+    from qbb_export.custom_ops import library_info
+
+    info = library_info()
+    print(json.dumps(asdict(info), default=str) if options.json else info.path)
+    return 0

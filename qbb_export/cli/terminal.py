@@ -1,0 +1,42 @@
+"""What every verb shares: the terminal, the progress bars, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from qbb_export.errors import QbbError
+
+EXIT_BAD_INPUT = 2
+EXIT_DISAGREES = 1
+EXIT_INTERRUPTED = 130
+
+_messages = Console(stderr=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a usage error in one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and exiting."""
+        raise QbbError(message, where=self.prog)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """Bars on stderr, with the time left."""
+    columns = (
+        TextColumn("{task.description:<18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_messages) as progress:
+        yield progress
