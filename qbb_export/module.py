@@ -162,6 +162,11 @@ def run_module(
     }
 
 
+def best_device() -> str:
+    """``"cuda"`` where PyTorch sees a GPU, else ``"cpu"``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def to_device(array: Array, device: str) -> torch.Tensor:
     """A numpy array as a tensor on a device such as ``"cuda"``.
 

@@ -12,24 +12,26 @@ from onnx_ir.passes import common
 
 from qbb_export import artifact, verification
 from qbb_export.capture import capture
+from qbb_export.distill.settings import LearningOptions
 from qbb_export.errors import QbbError
 from qbb_export.files import write_whole
 from qbb_export.format import LAYOUT_TILED, Spec, bits_per_weight, to_layout
+from qbb_export.learning import can_learn, learn
 from qbb_export.passes.binarize import BinarizeLinears, PackedLayer
 from qbb_export.passes.function_body import AttachFunctionBody, binary_basis_nodes
 from qbb_export.passes.linears import Linear, find_linears
 from qbb_export.passes.normalize import NormalizeLinears
 from qbb_export.passes.prepare import prepare_passes
 from qbb_export.passes.verify import VerifyBinaryBasis
-from qbb_export.quantize import QuantizeSettings
+from qbb_export.quantize import RECIPES, Quantized, QuantizeSettings
 from qbb_export.record import Record
 from qbb_export.select import Selection, select_layers
 from qbb_export.source import LoadOptions, TorchModel, parameter_owners
 from qbb_export.verification import Array, Arrays, Comparison
 from qbb_export.weights import InitializerRows
 
-# Called with the name of a stage, steps done and steps in all.
-Progress = Callable[[str, int, int], None]
+# Called with the name of a stage, steps done, steps in all, and a few words on how it goes.
+Progress = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -37,23 +39,27 @@ class ExportOptions:
     """What to make of a model.
 
     Args:
-        recipe: a name in ``quantize.RECIPES``, or ``"float"`` to leave every layer as it is (for comparisons).
+        recipe: a name in ``quantize.RECIPES`` (weights alone) or ``distill.settings.MODEL_RECIPES`` (the model's own
+            text, too), or ``"float"`` to leave every layer as it is. None: ``"best"`` for transformers models that
+            take token ids, ``"fast"`` for all others.
         settings: bases, group size and so on, for all layers that no override names.
         selection: which layers.
         load: how to open MODEL.
         layout: ``LAYOUT_TILED`` or ``LAYOUT_ROWS``.
-        device: ``"cpu"``, or a PyTorch device such as ``"cuda"`` to quantise on.
+        device: ``"cpu"``, or a PyTorch device such as ``"cuda"`` to quantise and learn on.
+        learning: for recipes that learn from the model's own text.
         record: folder of the per-layer results; default: ``OUTPUT`` with the suffix ``.qbb``.
         force: replace an existing output.
         verify: open the written file and compare.
     """
 
-    recipe: str = "fast"
+    recipe: str | None = None
     settings: QuantizeSettings = field(default_factory=QuantizeSettings)
     selection: Selection = field(default_factory=Selection)
     load: LoadOptions = field(default_factory=LoadOptions)
     layout: int = LAYOUT_TILED
     device: str = "cpu"
+    learning: LearningOptions = field(default_factory=LearningOptions)
     record: Path | None = None
     force: bool = False
     verify: bool = True
@@ -119,14 +125,19 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
         QbbError: anything wrong with the input or the output place; nothing is written then but finished layers in the
             record.
     """
-    tell = progress or (lambda stage, done, total: None)
+    report = progress or (lambda stage, done, total, note: None)
+
+    def tell(stage: str, done: int, total: int, note: str = "") -> None:
+        report(stage, done, total, note)
+
     artifact.check_writable(output, force=options.force)
     tell("reading the model", 0, 1)
     model, torch_model = capture(source, options.load)
     tell("reading the model", 1, 1)
     prepare_passes()(model)
     VerifyBinaryBasis()(model)  # what would be refused at the end is refused before the work
-    if options.recipe == "float":
+    recipe = options.recipe or ("best" if can_learn(torch_model) else "fast")
+    if recipe == "float":
         layers: dict[str, LayerReport] = {}
         linears: list[Linear] = []
         record = None
@@ -136,8 +147,31 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
         chosen = select_layers(model, linears, rejected, options.selection, options.settings, owners)
         linears = [linear for linear in linears if linear.name in chosen]
         record_path = options.record or output.with_suffix(".qbb")
-        with Record.open(record_path, recipe=options.recipe, settings=options.settings) as record:
-            layers = _quantize_all(linears, chosen, options, record, tell)
+        if recipe in RECIPES:
+            options.learning.refuse(recipe)
+            with Record.open(record_path, recipe=recipe, settings=options.settings) as record:
+                layers = _quantize_all(linears, chosen, replace(options, recipe=recipe), record, tell)
+        else:
+            owners_of = {linear.name: linear for linear in linears}
+            if torch_model is None or not can_learn(torch_model):
+                raise QbbError(
+                    "this recipe needs a transformers model that takes token ids",
+                    where=f"--recipe {recipe}",
+                    expected=f"--recipe {' or '.join(RECIPES)} for {source}",
+                )
+            record, quantized = learn(
+                torch_model,
+                list(owners_of.values()),
+                chosen,
+                recipe,
+                options.learning,
+                options.device,
+                record_path,
+                report,
+            )
+            if record is None:  # another process of this run writes the file
+                return ExportReport(output, 0, 0, 0, (), ())
+            layers = {name: _layer_report(name, layer, options) for name, layer in quantized.items()}
         _rewrite(model, linears, layers, record)
     common.ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.producer_version = "qbb-export", None
@@ -167,7 +201,7 @@ def _quantize_all(
     chosen: Mapping[str, QuantizeSettings],
     options: ExportOptions,
     record: Record,
-    tell: Progress,
+    tell: Callable[[str, int, int], None],
 ) -> dict[str, LayerReport]:
     """Quantise each weight once, in execution order; finished ones are taken from the record."""
     by_name = {linear.name: linear for linear in linears}
@@ -183,15 +217,19 @@ def _quantize_all(
             tell("quantising weights", base + finished * row, total)
 
         try:
-            layer = record.quantized(name, source, settings, options.recipe, on_rows)
+            layer = record.quantized(name, source, settings, str(options.recipe), on_rows)
         finally:
             source.close()
         done += linear.in_features * linear.out_features
         tell("quantising weights", done, total)
-        spec = replace(layer.spec, layout=options.layout)
-        scale_type = ir.DataType.from_numpy(layer.scales.dtype)
-        reports[name] = LayerReport(name, spec, scale_type, layer.offset is not None, layer.relative_error)
+        reports[name] = _layer_report(name, layer, options)
     return reports
+
+
+def _layer_report(name: str, layer: Quantized, options: ExportOptions) -> LayerReport:
+    spec = replace(layer.spec, layout=options.layout)
+    scale_type = ir.DataType.from_numpy(layer.scales.dtype)
+    return LayerReport(name, spec, scale_type, layer.offset is not None, layer.relative_error)
 
 
 def _rewrite(model: ir.Model, linears: list[Linear], layers: Mapping[str, LayerReport], record: Record) -> None:

@@ -4,6 +4,9 @@
         manifest.json                    format, recipe, settings and version of the tool that wrote last
         lock                             held while a process works on the record
         layers/<name>-<hash>.safetensors one quantized matrix: words, scales and, if any, offset
+        stages/<stage>/                  the same, of the earlier stages of a recipe
+        distill/<name>.safetensors       the written text; the state of a training run that is under way
+        distill/log.jsonl                how the training went
 
 A file appears under its name only when it is complete (temporary file, fsync, rename, fsync of the folder), and
 nothing in it depends on time or place: the same run writes the same bytes. A layer counts as done if its file is
@@ -14,9 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -42,7 +47,7 @@ except ImportError:  # Windows: no lock; two runs on one record are the user's t
 RECORD_FORMAT: Final = 1
 
 # Part of every key. Raise it when a change to the recipes changes what they return, so that old layers are redone.
-REVISION: Final = 1
+REVISION: Final = 2
 
 # The only key of the safetensors metadata: with several, their order in the file would vary from run to run.
 METADATA_KEY: Final = "qbb"
@@ -76,8 +81,9 @@ def file_name(layer: str) -> str:
 class Record:
     """The record of one run. Make it with :meth:`open`; reading goes on working after :meth:`close`."""
 
-    def __init__(self, folder: Path, lock: int | None) -> None:
+    def __init__(self, folder: Path, lock: int | None, layers: Path | None = None) -> None:
         self.folder = folder
+        self._layers = folder / "layers" if layers is None else layers
         self._lock = lock
 
     @classmethod
@@ -103,7 +109,7 @@ class Record:
             raise QbbError("cannot open the record", where=folder, got=error) from error
         try:
             (folder / "layers").mkdir(exist_ok=True)
-            for leftover in [*folder.glob("*.tmp"), *folder.glob("layers/*.tmp")]:
+            for leftover in folder.rglob("*.tmp"):
                 leftover.unlink()
             manifest = {
                 "format": RECORD_FORMAT,
@@ -118,6 +124,29 @@ class Record:
                 raise QbbError("cannot write the record", where=folder, got=error) from error
             raise
         return record
+
+    @classmethod
+    def join(cls, folder: Path) -> Record:
+        """The record that another process of the same run holds the lock of."""
+        return cls(folder, None)
+
+    def stage(self, name: str) -> Record:
+        """The layers as an earlier stage of the recipe left them, in a folder of their own; under the same lock."""
+        folder = self.folder / "stages" / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise QbbError("cannot write the record", where=folder, got=error) from error
+        return Record(self.folder, None, folder)
+
+    def branch(self, name: str) -> Record:
+        """A record inside this one, for a run that another one starts from; under the same lock."""
+        folder = self.folder / "branches" / name
+        try:
+            (folder / "layers").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise QbbError("cannot write the record", where=folder, got=error) from error
+        return Record(folder, None)
 
     def quantized(
         self,
@@ -189,6 +218,49 @@ class Record:
         except OSError as error:
             raise QbbError("cannot write the record", where=self._path(name), got=error) from error
 
+    def put_tensors(self, name: str, key: str, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Keep arrays of any kind under ``distill/``; as atomic as :meth:`put`.
+
+        Raises:
+            QbbError: they cannot be written.
+        """
+        path = self.folder / "distill" / f"{name}.safetensors"
+        head: dict[str, Any] = {"key": key, "name": name}
+        head["digest"] = _digest(head, tensors)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, save_tensors(dict(tensors), {METADATA_KEY: _json(head).decode("ascii")}))
+        except OSError as error:
+            raise QbbError("cannot write the record", where=path, got=error) from error
+
+    def get_tensors(self, name: str, key: str) -> dict[str, npt.NDArray[Any]] | None:
+        """What :meth:`put_tensors` kept; None if there is nothing, it is damaged, or was made from something else."""
+        path = self.folder / "distill" / f"{name}.safetensors"
+        try:
+            data = path.read_bytes()
+            size = int.from_bytes(data[:8], "little")
+            head = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][METADATA_KEY])
+            tensors = load_tensors(data)
+            whole = head.pop("digest") == _digest(head, tensors)
+        except (*DAMAGE, FileNotFoundError):
+            return None
+        except OSError as error:
+            raise QbbError("cannot read the record", where=path, got=error) from error
+        return tensors if whole and head == {"key": key, "name": name} else None
+
+    def drop_tensors(self, name: str) -> None:
+        """Remove what is not needed any more."""
+        (self.folder / "distill" / f"{name}.safetensors").unlink(missing_ok=True)
+
+    def put_text(self, name: str, text: str) -> None:
+        """Keep a text file under ``distill/``."""
+        path = self.folder / "distill" / name
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, text.encode())
+        except OSError as error:
+            raise QbbError("cannot write the record", where=path, got=error) from error
+
     def close(self) -> None:
         """Let other processes work on the record. Closing twice does nothing."""
         if self._lock is not None:
@@ -204,7 +276,7 @@ class Record:
         self.close()
 
     def _path(self, name: str) -> Path:
-        return self.folder / "layers" / file_name(name)
+        return self._layers / file_name(name)
 
     def _read(self, name: str, key: str | None) -> Quantized:
         """Read and check a layer; anything wrong is one of DAMAGE or an OSError."""
@@ -263,3 +335,71 @@ def _take_lock(folder: Path) -> int | None:
         os.close(lock)
         raise QbbError("record is in use by another process", where=folder) from None
     return lock
+
+
+@dataclass(frozen=True)
+class LayerHead:
+    """What a finished layer's file says of itself, the packed bits left aside.
+
+    Args:
+        name: of the layer.
+        spec: plain rows, whatever layout the model was written in.
+        scale_bits: of one scale, 16 or 32.
+        offset: whether groups have one.
+        errors: relative squared errors as the recipe went on, last of what is stored.
+    """
+
+    name: str
+    spec: Spec
+    scale_bits: int
+    offset: bool
+    errors: tuple[float, ...]
+
+
+def read_layers(folder: Path, stage: str | None = None) -> list[LayerHead]:
+    """The heads of all finished layers, ``layers.2`` before ``layers.10``. Takes no lock and changes nothing.
+
+    Args:
+        folder: ``MODEL.qbb``.
+        stage: as this earlier stage of the recipe left them (see :meth:`Record.stage`); default: as they are.
+
+    Raises:
+        QbbError: a file cannot be read or is damaged.
+    """
+    heads = []
+    for path in folder.glob("layers/*.safetensors" if stage is None else f"stages/{stage}/*.safetensors"):
+        try:
+            heads.append(_read_head(path))
+        except OSError as error:
+            raise QbbError("cannot read the record", where=path, got=error) from error
+        except DAMAGE as error:
+            raise QbbError("layer is damaged (export again to redo it)", where=path, got=error) from error
+    return sorted(heads, key=lambda head: _natural(head.name))
+
+
+def _natural(name: str) -> list[str]:
+    """A key that sorts numbers in names by their value."""
+    return [part.zfill(12) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
+
+
+def _read_head(path: Path) -> LayerHead:
+    """Read a head and check it against the tensors' shapes and the file's length; see DAMAGE."""
+    with path.open("rb") as file:
+        size, length = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+        if size > length:
+            raise ValueError("file is cut off")
+        tensors = json.loads(file.read(size))
+    head = json.loads(tensors.pop("__metadata__")[METADATA_KEY])
+    spec = Spec(head["K"], head["N"], head["bases"], head["group_size"], LAYOUT_ROWS)
+    shapes = {name: (tensor["dtype"], tuple(tensor["shape"])) for name, tensor in tensors.items()}
+    scales = shapes["scales"][0]
+    expected = {"words": ("U32", spec.planes_shape), "scales": (scales, spec.scales_shape)}
+    if "offset" in shapes:
+        expected["offset"] = ("F32", spec.offset_shape)
+    errors = tuple(map(float, head["errors"]))
+    whole = 8 + size + max(tensor["data_offsets"][1] for tensor in tensors.values()) == length
+    if shapes != expected or not whole or not errors or not all(map(math.isfinite, errors)):
+        raise ValueError("tensors, head and length of the file do not agree")
+    if file_name(head["name"]) != path.name:
+        raise ValueError("name of the file and of the layer do not agree")
+    return LayerHead(head["name"], spec, {"F16": 16, "F32": 32}[scales], "offset" in shapes, errors)

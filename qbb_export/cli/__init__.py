@@ -10,7 +10,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 
 from qbb_export.cli import eval as evaluate
-from qbb_export.cli import export
+from qbb_export.cli import export, report
 from qbb_export.cli.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Parser
 from qbb_export.errors import QbbError
 
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=Parser)
     export.add_arguments(verbs.add_parser("export", help="quantise a model and write it as ONNX (same as qbb-export)"))
     evaluate.add_arguments(verbs.add_parser("eval", help="perplexity of a language model on a text"))
+    report.add_arguments(verbs.add_parser("report", help="one page that shows what a record holds, and JSON"))
     library = verbs.add_parser("library", help="print the path for RegisterCustomOpsLibrary")
     library.add_argument("--json", action="store_true", help="also tell version, layouts and instruction sets")
     library.set_defaults(run=_run_library)

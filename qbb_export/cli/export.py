@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-verify", action="store_true", help="do not open and compare the written file")
     add("--record", type=Path, metavar="DIR", help="per-layer results, for resuming (default: FILE.qbb)")
     quantize = parser.add_argument_group("quantisation")
-    quantize.add_argument("--recipe", choices=("fast", "greedy", "float"), default="fast", help="default: fast")
+    quantize.add_argument(
+        "--recipe",
+        choices=("best", "sweep", "qbb", "gptq", "fast", "refine", "greedy", "rtn", "float"),
+        help="best, sweep, qbb, gptq: with the text that the model writes; the others: weights alone "
+        "(default: best for transformers models that take token ids, fast for all others)",
+    )
     quantize.add_argument("--bases", type=int, metavar="N", help="binary matrices per layer, 1..8 (default: 4)")
     quantize.add_argument(
         "--group-size", type=int, metavar="G", help="inputs per scale: 0 (whole row), 32, 64, … (default: 128)"
@@ -36,7 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="one more number per group, that shifts its levels (default: on up to 3 bases)",
     )
-    quantize.add_argument("--device", default="cpu", help="where to quantise: cpu, cuda, cuda:1, …")
+    quantize.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where PyTorch sees one)")
+    learning = parser.add_argument_group("learning (recipes best and qbb)")
+    learning.add_argument(
+        "--budget", choices=("full", "reduced"), help="how much to write and learn (default: full on a GPU)"
+    )
+    learning.add_argument("--steps", type=int, metavar="N", help="steps of the optimizer; 0: no distillation")
+    learning.add_argument("--calibration", type=Path, metavar="FILE", help="real text to learn from, too")
+    learning.add_argument(
+        "--start", metavar="gptq|DIR", help="approximate GPTQ's weights, or a GPTQ or AWQ checkpoint's"
+    )
     layers = parser.add_argument_group(
         "layers (default: the linear layers of all blocks; not embeddings, not the head)"
     )
@@ -54,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Export and print the report; returns the exit code."""
+    from qbb_export.distill.settings import LearningOptions
     from qbb_export.format import LAYOUT_ROWS, LAYOUT_TILED
     from qbb_export.pipeline import ExportOptions, export
     from qbb_export.quantize import QuantizeSettings
@@ -72,7 +88,8 @@ def run(options: argparse.Namespace) -> int:
             options.model, options.config, options.trust_pickle, tuple(InputSpec.parse(text) for text in options.input)
         ),
         layout=LAYOUT_TILED if options.layout == "tiled" else LAYOUT_ROWS,
-        device=options.device,
+        device=options.device or default_device(options.source),
+        learning=LearningOptions(options.budget, options.steps, options.calibration, options.start),
         record=options.record,
         force=options.force,
         verify=not options.no_verify,
@@ -80,14 +97,27 @@ def run(options: argparse.Namespace) -> int:
     with progress_bars() as progress:
         tasks: dict[str, int] = {}
 
-        def tell(stage: str, done: int, total: int) -> None:
+        def tell(stage: str, done: int, total: int, note: str) -> None:
             if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+                tasks[stage] = progress.add_task(stage, total=total, note="")
+            progress.update(tasks[stage], completed=done, total=total, note=note)  # type: ignore[arg-type]
 
         report = export(options.source, options.output, export_options, tell)
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # one process of several speaks
     _print_report(report, verified=export_options.verify)
     return 0 if report.ok else EXIT_DISAGREES
+
+
+def default_device(source: str) -> str:
+    """A GPU where PyTorch is there and sees one; .onnx files are read without PyTorch."""
+    if source.endswith(".onnx"):
+        return "cpu"
+    try:
+        from qbb_export.module import best_device
+    except ImportError:
+        return "cpu"
+    return best_device()
 
 
 def _print_report(report: ExportReport, *, verified: bool) -> None:

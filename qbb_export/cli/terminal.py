@@ -8,7 +8,17 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from qbb_export.errors import QbbError
 
@@ -27,6 +37,14 @@ class Parser(argparse.ArgumentParser):
         raise QbbError(message, where=self.prog)
 
 
+class _Note(ProgressColumn):
+    """A few words behind a bar, where there are any."""
+
+    def render(self, task: Task) -> Text:
+        """What was last said of the task."""
+        return Text(str(task.fields.get("note", "")))
+
+
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
     """Bars on stderr, with the time left."""
@@ -37,6 +55,7 @@ def progress_bars() -> Iterator[Progress]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        _Note(),
     )
     with Progress(*columns, console=_messages) as progress:
         yield progress

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from qbb_export.errors import QbbError
-from qbb_export.format import effective_group_size, pack_words
+from qbb_export.format import MAX_BASES, effective_group_size, pack_words
 from qbb_export.quantize.quantized import Quantized, rows_spec
 from qbb_export.quantize.recipes import GroupResult, Recipe, recipe_by_name
 from qbb_export.quantize.rows import WeightRows, as_rows, device_blocks, row_blocks, to_host
@@ -20,6 +21,10 @@ from qbb_export.quantize.sums import tree_sum
 
 # Weights of whole groups fitted at once; like ``rows.BLOCK`` it bounds the memory and changes no result.
 GROUP_BLOCK: Final = 1 << 19
+
+# Up to how many bases a recipe adds an offset where the settings leave it open; a recipe that is not here adds none.
+# Plain round-to-nearest is asymmetric at any number.
+OFFSET_DEFAULTS: Final[Mapping[str, int]] = MappingProxyType({"fast": OFFSET_UP_TO, "rtn": MAX_BASES})
 
 # Largest weights for which "auto" stores float16 scales: above, scales could overflow (65504); below, small scales
 # would fall among the subnormals of float16 (under 6.1e-5) and lose their precision.
@@ -56,7 +61,7 @@ def quantize(
     """
     source, work = as_rows(weights), recipe_by_name(recipe)
     if settings.offset is None:
-        settings = replace(settings, offset=recipe == "fast" and settings.bases <= OFFSET_UP_TO)
+        settings = replace(settings, offset=settings.bases <= OFFSET_DEFAULTS.get(recipe, 0))
     shape: tuple[int, ...] = source.shape
     if len(shape) != 2 or 0 in shape:
         raise QbbError("not a matrix", where=name, expected="[out_features, in_features]", got=list(shape))
@@ -70,7 +75,7 @@ def quantize(
     energy: list[npt.NDArray[np.float64]] = []
     for start, stop, xp, block in row_blocks(source):
         result = _quantize_rows(xp, block, spec.group_size, work, settings, scale_dtype)
-        codes = to_host(result.codes)
+        codes = np.ascontiguousarray(to_host(result.codes))  # a transposed block leaves them transposed
         for b in range(spec.bases):
             words[b, start:stop] = pack_words((codes >> b & 1).astype(np.bool_))
         scales[:, start:stop] = np.moveaxis(to_host(result.scales), -1, 0)

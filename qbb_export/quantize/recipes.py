@@ -8,11 +8,14 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from qbb_export.errors import QbbError
+from qbb_export.quantize.alternating import Fit
 from qbb_export.quantize.greedy import greedy
 from qbb_export.quantize.levels import level_values, nearest_codes
 from qbb_export.quantize.multistart import best_fit
+from qbb_export.quantize.refine import refine
 from qbb_export.quantize.settings import QuantizeSettings
 from qbb_export.quantize.sums import tree_sum
+from qbb_export.quantize.uniform import range_levels
 
 FLOAT16_MAX: Final = 65504.0
 
@@ -56,14 +59,26 @@ def stored_error(xp: Any, groups: Any, codes: Any, scales: Any, offset: Any | No
     return tree_sum(xp, gap * gap)
 
 
-def fast(xp: Any, groups: Any, settings: QuantizeSettings, scale_dtype: str) -> GroupResult:
-    """Multi-start alternating minimisation; codes are chosen last, for the scales as they are stored."""
-    fit, errors = best_fit(xp, groups, settings)
+def stored_fit(xp: Any, groups: Any, fit: Fit, errors: list[Any], scale_dtype: str) -> GroupResult:
+    """Scales (largest first) and offset as they are stored, and the code of the level nearest to each weight."""
     scales = as_stored(xp, xp.sort(fit.scales, axis=-1, descending=True), scale_dtype)
     offset = None if fit.offset is None else xp.astype(fit.offset, xp.float32)
     wide = None if offset is None else xp.astype(offset, xp.float64)
     codes = nearest_codes(xp, groups, xp.astype(scales, xp.float64), wide)
     return GroupResult(codes, scales, offset, [*errors, stored_error(xp, groups, codes, scales, offset)])
+
+
+def fast(xp: Any, groups: Any, settings: QuantizeSettings, scale_dtype: str) -> GroupResult:
+    """Multi-start alternating minimisation; codes are chosen last, for the scales as they are stored."""
+    fit, errors = best_fit(xp, groups, settings)
+    return stored_fit(xp, groups, fit, errors, scale_dtype)
+
+
+def rtn(xp: Any, groups: Any, settings: QuantizeSettings, scale_dtype: str) -> GroupResult:
+    """Round to nearest on equal steps from the smallest weight to the largest: no search, what most tools call RTN."""
+    low, high = (xp.astype(end(groups, axis=-1), xp.float64) for end in (xp.min, xp.max))
+    fit = range_levels(xp, low, high, settings.bases, bool(settings.offset))
+    return stored_fit(xp, groups, fit, [], scale_dtype)
 
 
 def analytic(xp: Any, groups: Any, settings: QuantizeSettings, scale_dtype: str) -> GroupResult:
@@ -75,7 +90,24 @@ def analytic(xp: Any, groups: Any, settings: QuantizeSettings, scale_dtype: str)
     return GroupResult(codes, scales, None, [*errors, stored_error(xp, groups, codes, scales, None)])
 
 
-RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType({"fast": fast, "greedy": analytic})
+def refined(xp: Any, groups: Any, settings: QuantizeSettings, scale_dtype: str) -> GroupResult:
+    """The paper's weights-only part: its initialisation and its iterative refinement."""
+    if settings.offset:
+        raise QbbError("the recipe refine knows no offset", where="--offset")
+    result = refine(xp, groups, settings)
+    codes, scales = result.codes, as_stored(xp, result.scales, scale_dtype)
+    error = stored_error(xp, groups, codes, scales, None)
+    # Rounding the scales must not make a group worse than its initialisation, which is rounded, too.
+    start_scales = as_stored(xp, result.start_scales, scale_dtype)
+    start_error = stored_error(xp, groups, result.start_codes, start_scales, None)
+    wins = (error <= start_error)[:, None]
+    codes, scales = xp.where(wins, codes, result.start_codes), xp.where(wins, scales, start_scales)
+    return GroupResult(codes, scales, None, [*result.errors, xp.where(wins[:, 0], error, start_error)])
+
+
+RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
+    {"fast": fast, "greedy": analytic, "rtn": rtn, "refine": refined}
+)
 
 
 def recipe_by_name(name: str) -> Recipe:

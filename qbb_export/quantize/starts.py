@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from qbb_export.quantize.alternating import Fit, better
+from qbb_export.quantize.alternating import Fit
 from qbb_export.quantize.greedy import greedy
-from qbb_export.quantize.sorted_groups import SortedGroups, partition
+from qbb_export.quantize.sorted_groups import SortedGroups
 from qbb_export.quantize.sums import tree_sum
+from qbb_export.quantize.uniform import uniform_levels
 
 # How much of the range a uniform quantizer keeps; cutting outliers off makes the steps for all others finer.
 CLIPS: Final = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
@@ -35,34 +36,11 @@ def shapes(bases: int) -> tuple[tuple[float, ...], ...]:
     return tuple(s + tuple(s[-1] * 0.5**i for i in range(1, bases - known + 1)) for s in SHAPES[known])
 
 
-def uniform_ladder(xp: Any, groups: SortedGroups, bases: int, clip: float, with_offset: bool) -> Fit:
-    """Round-to-nearest on equal steps over ``clip`` times the range, as scales ``step * 2**(i-1)`` (and an offset)."""
-    low, high = groups.lowest(xp), groups.highest(xp)
-    if not with_offset:
-        high = xp.where(-low > high, -low, high)
-        low = -high
-    step = (high - low) * (clip / (2**bases - 1))
-    scales = xp.stack([step * 2.0 ** (i - 1) for i in range(bases)], axis=-1)
-    return Fit(scales, (low + high) * (clip / 2.0) if with_offset else None)
-
-
-def best_ladder(xp: Any, groups: SortedGroups, bases: int, with_offset: bool) -> Fit:
-    """The uniform ladder with the clip that gives each group the smallest error."""
-    best = uniform_ladder(xp, groups, bases, CLIPS[0], with_offset)
-    error = partition(xp, groups, best.scales, best.offset).error
-    for clip in CLIPS[1:]:
-        fit = uniform_ladder(xp, groups, bases, clip, with_offset)
-        new = partition(xp, groups, fit.scales, fit.offset).error
-        wins = new < error
-        best, error = better(xp, wins, fit, best), xp.where(wins, new, error)
-    return best
-
-
 def all_starts(xp: Any, groups: SortedGroups, bases: int, with_offset: bool) -> Iterator[Fit]:
     """Yield one start after the other, so that only one is held at a time."""
     zero = xp.zeros_like(groups.energy) if with_offset else None
     yield Fit(greedy(xp, groups.values, bases)[1], zero)
-    yield best_ladder(xp, groups, bases, with_offset)
+    yield uniform_levels(xp, groups, bases, with_offset, CLIPS)
     # The mean deviation needs no square root, which some libraries round differently from others.
     mean = groups.sums[:, -1] / groups.values.shape[-1] if with_offset else None
     gaps = xp.astype(groups.values, xp.float64) - (0.0 if mean is None else mean[:, None])

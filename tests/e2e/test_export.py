@@ -19,7 +19,9 @@ BUILD = ("--model", "tests.unit.models:two_layers", "--input", "x:float32[batch,
 
 
 def export(*arguments: object) -> int:
-    return cli.export_main([str(a) for a in arguments])
+    """Weights alone unless a test says otherwise: what a model learns has tests of its own."""
+    recipe = () if "--recipe" in arguments else ("--recipe", "fast")
+    return cli.export_main([str(a) for a in (*arguments, *recipe)])
 
 
 def nodes(path: Path) -> list[str]:

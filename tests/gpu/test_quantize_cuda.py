@@ -39,6 +39,11 @@ def test_command_line(tmp_path: Path) -> None:
     folder = models.tiny_llama(tmp_path / "hf")
     for device in ("cpu", "cuda"):
         (tmp_path / device).mkdir()
-        assert cli.export_main([str(folder), "-o", str(tmp_path / device / "m.onnx"), "--device", device]) == 0
+        assert (
+            cli.export_main(
+                [str(folder), "-o", str(tmp_path / device / "m.onnx"), "--device", device, "--recipe", "fast"]
+            )
+            == 0
+        )
     files = [{p.name: p.read_bytes() for p in (tmp_path / d).iterdir() if p.is_file()} for d in ("cpu", "cuda")]
     assert files[0] == files[1]

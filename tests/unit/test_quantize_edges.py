@@ -107,9 +107,9 @@ def test_what_is_no_matrix_is_refused(shape: tuple[int, ...]) -> None:
         ({"bases": 9}, "--bases"),
         ({"group_size": 31}, "--group-size"),
         ({"group_size": -32}, "--group-size"),
-        ({"rounds": -1}, "--rounds"),
-        ({"shakes": 1001}, "--shakes"),
-        ({"scale_dtype": "bfloat16"}, "--scale-dtype"),
+        ({"rounds": -1}, "QuantizeSettings.rounds"),
+        ({"shakes": 1001}, "QuantizeSettings.shakes"),
+        ({"scale_dtype": "bfloat16"}, "QuantizeSettings.scale_dtype"),
     ],
 )
 def test_settings_are_checked(fields: dict[str, Any], where: str) -> None:

@@ -1,0 +1,89 @@
+"""What the float model and its copy give, and how far apart they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qbb_export.distill.settings import DistillSettings
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one model makes of a batch.
+
+    Args:
+        logits: ``[batch, sequence, tokens]`` of a language model, else None.
+        hidden: ``[batch, sequence, d]``, the last hidden state of an encoder, else None.
+        blocks: outputs of the blocks, ``[batch, sequence, d]`` each; empty unless asked for.
+    """
+
+    logits: torch.Tensor | None
+    hidden: torch.Tensor | None
+    blocks: tuple[torch.Tensor, ...]
+
+    def rows(self, part: slice) -> Outputs:
+        """Those of some sequences of the batch."""
+        return Outputs(
+            None if self.logits is None else self.logits[part],
+            None if self.hidden is None else self.hidden[part],
+            tuple(block[part] for block in self.blocks),
+        )
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of a transformers model's text part."""
+    config: Any = model.config
+    return config.get_text_config()
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Number of token ids."""
+    return int(text_config(model).vocab_size)
+
+
+def run(model: nn.Module, ids: torch.Tensor, *, blocks: bool = False) -> Outputs:
+    """Run a transformers model on token ids ``[batch, sequence]``."""
+    result: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=blocks)
+    logits = getattr(result, "logits", None)
+    if logits is not None and logits.ndim != 3:
+        logits = None  # a classifier: its blocks say more
+    hidden = getattr(result, "last_hidden_state", None)
+    features = tuple(result.hidden_states[1:]) if blocks or (logits is None and hidden is None) else ()
+    return Outputs(logits, hidden if logits is None else None, features)
+
+
+def distance(student: Outputs, teacher: Outputs, settings: DistillSettings, ids: torch.Tensor) -> torch.Tensor:
+    """The loss of a recipe for one batch: a mean over tokens, float32 scalar."""
+    if student.logits is not None and teacher.logits is not None:
+        loss = logits_distance(student.logits, teacher.logits, settings.loss, ids)
+    else:
+        assert student.hidden is not None and teacher.hidden is not None
+        loss = embedding_distance(student.hidden, teacher.hidden)
+    if settings.features:
+        pairs = zip(student.blocks, teacher.blocks, strict=True)
+        parts = [functional.mse_loss(s.float(), t.float()) / t.float().var() for s, t in pairs]
+        loss = loss + settings.features * torch.stack(parts).mean()
+    return loss
+
+
+def logits_distance(student: torch.Tensor, teacher: torch.Tensor, kind: str, ids: torch.Tensor) -> torch.Tensor:
+    """``kl``: KL(teacher || student) in nats; ``mse``: of the logits; ``ce``: of the tokens that follow."""
+    if kind == "kl":
+        log_s = functional.log_softmax(student.float(), dim=-1)
+        log_t = functional.log_softmax(teacher.float(), dim=-1)
+        return functional.kl_div(log_s.flatten(0, 1), log_t.flatten(0, 1), log_target=True, reduction="batchmean")
+    if kind == "mse":
+        return functional.mse_loss(student.float(), teacher.float())
+    return functional.cross_entropy(student[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def embedding_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """1 - cosine of the tokens' vectors, and of their mean (a sentence's embedding), added up."""
+    tokens = 1.0 - functional.cosine_similarity(student.float(), teacher.float(), dim=-1)
+    means = 1.0 - functional.cosine_similarity(student.float().mean(1), teacher.float().mean(1), dim=-1)
+    return tokens.mean() + means.mean()

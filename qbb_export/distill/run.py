@@ -1,0 +1,301 @@
+"""A recipe from its first stage to its last, every stage kept in the record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+
+from qbb_export.distill import text as texts
+from qbb_export.distill.objective import distance, run, vocabulary_size
+from qbb_export.distill.ranks import ALONE, Ranks
+from qbb_export.distill.settings import DistillSettings, ModelRecipe
+from qbb_export.distill.student import Student, Target
+from qbb_export.distill.sweeps import SweptModel, sweep_all
+from qbb_export.distill.text import Tokens, Vocabulary, precision
+from qbb_export.distill.train import LogLine, train
+from qbb_export.errors import QbbError
+from qbb_export.quantize import Quantized
+from qbb_export.record import REVISION, Record
+from qbb_export.source import TorchModel
+
+# Seconds between two copies of a training run's state. A killed run repeats at most so much.
+SAVE_SECONDS: Final = 60.0
+
+# Called with a stage, steps done, steps in all, and a few words on how it goes.
+Progress = Callable[[str, int, int, str], None]
+
+
+@dataclass
+class Work:
+    """Everything that the stages share.
+
+    Args:
+        loaded: the float model; moved to the device, otherwise not changed.
+        targets: the matrices to quantise.
+        recipe: what to do.
+        record: where results are kept.
+        device: PyTorch device.
+        calibration: a text file to learn from besides the written text, or None.
+        weights: gives another float32 ``[N, K]`` to approximate instead of a parameter's own (the result of another
+            quantiser), or None.
+        tell: progress.
+        ranks: the processes that share the work.
+    """
+
+    loaded: TorchModel
+    targets: Sequence[Target]
+    recipe: ModelRecipe
+    record: Record
+    device: str
+    tell: Progress
+    calibration: Path | None = None
+    weights: Callable[[str], Any] | None = None
+    ranks: Ranks = ALONE
+
+    def __post_init__(self) -> None:
+        self.model: nn.Module = self.loaded.module.requires_grad_(False)
+        self.model.to(self.device)
+        if self.device == "cpu":
+            self.model.float()
+        self.targets = [
+            replace(t, settings=replace(t.settings, offset=_with_offset(t, self.recipe))) for t in self.targets
+        ]
+        self.decoder = bool(getattr(self.model, "can_generate", lambda: False)())
+        self.vocabulary = Vocabulary.of(self.loaded.tokenizer, vocabulary_size(self.model))
+        self._digest = self._everything()
+
+    def key(self, stage: str) -> str:
+        """SHA-256 of all that a stage depends on."""
+        return hashlib.sha256(f"{stage}:{self._digest}".encode()).hexdigest()
+
+    def _everything(self) -> str:
+        digest = hashlib.sha256()
+        head = {
+            "recipe": self.recipe.as_dict(),
+            "revision": REVISION,
+            "targets": [[t.name, t.parameter, t.settings.as_dict()] for t in self.targets],
+            "device": torch.device(self.device).type,
+        }
+        digest.update(json.dumps(head, sort_keys=True).encode())
+        if self.calibration is not None:
+            digest.update(self.calibration.read_bytes())
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        if self.weights is not None:
+            for target in self.targets:
+                digest.update(np.ascontiguousarray(self.weights(target.parameter)).data)
+        return digest.hexdigest()
+
+
+def run_recipe(work: Work) -> dict[str, Quantized]:
+    """Take all targets through the stages of a recipe.
+
+    Returns:
+        The layers by name; they are in the record, too.
+
+    Raises:
+        QbbError: the record cannot be written, or a text cannot be read.
+    """
+    final = {t.name: work.record.get(t.name, work.key("layers")) for t in work.targets}
+    if None not in final.values():
+        return {name: layer for name, layer in final.items() if layer is not None}
+    layers = _start(work)
+    recipe = work.recipe
+    if recipe.sweep is not None or recipe.distill:
+        text, validation = _text(work)
+    if recipe.sweep is not None:
+        layers = _sweep(work, layers, text)
+    logs: list[dict[str, Any]] = []
+    for number, settings in enumerate(recipe.distill, 1):
+        layers, log = _distill(work, layers, text, validation, settings, number)
+        logs += [{"phase": number, **asdict(line)} for line in log]
+    if work.ranks.first:
+        if logs:
+            work.record.put_text("log.jsonl", "".join(json.dumps(line) + "\n" for line in logs))
+        for name, layer in layers.items():
+            work.record.put(name, work.key("layers"), layer)
+        for number in range(1, len(recipe.distill) + 1):
+            work.record.drop_tensors(f"phase-{number}")
+    work.ranks.wait()
+    return layers
+
+
+def _with_offset(target: Target, recipe: ModelRecipe) -> bool:
+    asked = target.settings.offset
+    return target.settings.bases <= recipe.offset_up_to if asked is None else asked
+
+
+def _start(work: Work) -> dict[str, Quantized]:
+    """Each matrix from its weights alone, shared out over the processes."""
+    record, total, done = work.record.stage("start"), 0, 0
+    sizes = [work.model.get_parameter(t.parameter).numel() for t in work.targets]
+    total = sum(sizes)
+    mine = work.ranks.share(work.targets, sizes)
+    layers = {}
+    for target in mine:
+        weight = _weight(work, target)
+        layers[target.name] = record.quantized(target.name, weight, target.settings, work.recipe.start)
+        done += weight.numel()
+        work.tell("quantising weights", min(total, done * work.ranks.size), total, "")
+    work.ranks.wait()
+    return {t.name: layers.get(t.name) or record.load(t.name) for t in work.targets}
+
+
+def _weight(work: Work, target: Target) -> torch.Tensor:
+    """The matrix to approximate, float32 ``[N, K]`` on the device."""
+    own = target.weight(work.model)
+    if work.weights is None:
+        return own
+    other = torch.from_numpy(np.array(work.weights(target.parameter), dtype=np.float32)).to(own.device)
+    if other.shape != own.shape:
+        raise QbbError(
+            "matrix of another shape", where=target.parameter, expected=list(own.shape), got=list(other.shape)
+        )
+    return other
+
+
+def _text(work: Work) -> tuple[list[Tokens], list[Tokens]]:
+    """What to learn from, and what to validate on."""
+    settings = work.recipe.text
+    if not work.decoder:
+        batch = max((d.batch for d in work.recipe.distill), default=8)
+        context = texts.context_length(work.model, settings.length)
+        parts = texts.make_inputs(work.vocabulary, settings, context, batch * settings.length)
+        if work.calibration is not None:
+            parts += _calibration(work, context)
+        share = max(1, len(parts) * settings.validation // settings.sequences)
+        return parts[:-share] or parts, parts[-share:]
+    saved = work.record.get_tensors("text", work.key("text"))
+    if saved is None:
+        batches = texts.batch_count(work.model, settings)
+        mine = range(work.ranks.rank, batches, work.ranks.size)
+
+        def tell(done: int, total: int) -> None:
+            work.tell("writing text", done, total, "sequences")
+
+        written = texts.write_text(work.model, work.vocabulary, settings, mine, tell)
+        saved = {"ids": work.ranks.gather_batches(written, batches, texts.batch_size(work.model, settings))}
+        if work.ranks.first:
+            work.record.put_tensors("text", work.key("text"), saved)
+        work.ranks.wait()
+    ids = saved["ids"]
+    held = min(settings.validation, max(1, len(ids) // 4))
+    parts = [ids[:-held]]
+    if work.calibration is not None:
+        parts = [np.concatenate([*parts, *_calibration(work, ids.shape[1])])]
+    return parts, [ids[-held:]]
+
+
+def _calibration(work: Work, length: int) -> list[Tokens]:
+    assert work.calibration is not None
+    return [texts.read_text(work.calibration, work.loaded.tokenizer, length)]
+
+
+def _sweep(work: Work, start: Mapping[str, Quantized], text: Sequence[Tokens]) -> dict[str, Quantized]:
+    """Codes and levels again, with the layers' inputs in view."""
+    settings = work.recipe.sweep
+    assert settings is not None
+    record, key = work.record.stage("sweep"), work.key("sweep")
+    if all(record.get(t.name, key) is not None for t in work.targets):
+        return {t.name: record.load(t.name) for t in work.targets}
+    wanted, chosen = settings.sequences * work.recipe.text.length, []
+    for part in text:  # as many tokens as asked for
+        chosen.append(part[: max(1, wanted // part.shape[1])])
+        wanted -= chosen[-1].size
+        if wanted <= 0:
+            break
+    return sweep_all(
+        SweptModel(work.model, work.targets, chosen),
+        start,
+        settings,
+        load=lambda target: record.get(target.name, key),
+        save=lambda target, layer: record.put(target.name, key, layer),
+        tell=lambda done, total: work.tell("sweeping layers", done, total, ""),
+        ranks=work.ranks,
+    )
+
+
+def _distill(
+    work: Work,
+    start: Mapping[str, Quantized],
+    text: Sequence[Tokens],
+    validation: Sequence[Tokens],
+    settings: DistillSettings,
+    number: int,
+) -> tuple[dict[str, Quantized], list[LogLine]]:
+    """One phase of learning."""
+    student = Student(work.model, list(work.targets), start, train_codes=settings.codes)
+    if work.recipe.text.keep < 1 and len(text) == 1:
+        text = [_most_different(work, student, text[0], settings)]
+    journal = RecordJournal(work.record, f"phase-{number}", work.key(f"phase-{number}"), work.ranks)
+    began, seen = time.monotonic(), 0
+
+    def tell(done: int, total: int, line: LogLine, tokens: int) -> None:
+        nonlocal seen
+        seen = seen or done
+        speed = (done - seen) * tokens / max(1e-9, time.monotonic() - began)
+        work.tell(f"distilling ({number})", done, total, f"loss {line.loss:.4f}  {speed:,.0f} tokens/s")
+
+    log = train(
+        work.model,
+        student,
+        text,
+        validation,
+        settings,
+        seed=work.recipe.text.seed + number,
+        journal=journal,
+        tell=tell,
+        ranks=work.ranks,
+    )
+    return student.quantized(start, work.model), log
+
+
+def _most_different(work: Work, student: Student, text: Tokens, settings: DistillSettings) -> Tokens:
+    """The paper's filter: the share of the sequences on which float model and copy differ most."""
+    scores = []
+    device = torch.device(work.device)
+    plain = replace(settings, features=0.0)
+    with torch.no_grad(), precision(device):
+        for i in range(0, len(text), 8):
+            ids = torch.from_numpy(text[i : i + 8]).to(device)
+            got, wanted = run(student.model, ids), run(work.model, ids)
+            for row in range(len(ids)):
+                part = slice(row, row + 1)
+                scores.append(float(distance(got.rows(part), wanted.rows(part), plain, ids[part])))
+            work.tell("filtering text", min(len(text), i + 8), len(text), "")
+    count = max(1, round(work.recipe.text.keep * len(text)))
+    chosen = np.sort(np.argsort(-np.asarray(scores), kind="stable")[:count])
+    return np.asarray(text[chosen])
+
+
+class RecordJournal:
+    """Keeps the state of one phase in the record."""
+
+    def __init__(self, record: Record, name: str, key: str, ranks: Ranks) -> None:
+        self._record, self._name, self._key, self._ranks = record, name, key, ranks
+        self._last = time.monotonic()
+
+    def load(self) -> dict[str, torch.Tensor] | None:
+        """The state kept last, or None."""
+        found = self._record.get_tensors(self._name, self._key)
+        return None if found is None else {name: torch.from_numpy(array.copy()) for name, array in found.items()}
+
+    def save(self, state: dict[str, torch.Tensor]) -> None:
+        """Keep a state."""
+        if self._ranks.first:
+            self._record.put_tensors(self._name, self._key, {name: t.numpy() for name, t in state.items()})
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether the state kept last is old."""
+        return time.monotonic() - self._last >= SAVE_SECONDS

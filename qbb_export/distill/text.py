@@ -1,0 +1,224 @@
+"""What the copy learns from: text that a decoder writes itself, or made-up inputs for an encoder. No data from outside.
+
+Every batch has its own seed, so the text is the same whichever process makes which part of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from qbb_export.distill.objective import text_config
+from qbb_export.distill.settings import TextSettings
+from qbb_export.errors import QbbError
+
+Tokens = npt.NDArray[np.int64]
+Progress = Callable[[int, int], None]
+
+# Bytes that the keys and values of one batch may take while it is written on a CPU; half the memory of a GPU.
+_CACHE_BYTES = 1 << 30
+_DEFAULT_CONTEXT = 1024
+# Sentences are short: lengths of an encoder's inputs, tokens between the special ones.
+_ENCODER_LENGTHS = (6, 10, 16, 24, 40, 64)
+_MASKED = 0.15
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the tokenizer says about ids.
+
+    Args:
+        ordinary: ids that stand for text, in the order of their numbers.
+        before: special tokens in front of a text.
+        after: special tokens behind it.
+        mask: the id that stands for a hidden token, or None.
+    """
+
+    ordinary: Tokens
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    mask: int | None = None
+
+    @staticmethod
+    def of(tokenizer: Path | None, size: int) -> Vocabulary:
+        """From a tokenizer.json; without one, all ids below ``size`` are ordinary."""
+        if tokenizer is None:
+            return Vocabulary(np.arange(size))
+        from tokenizers import Tokenizer
+
+        try:
+            encoder = Tokenizer.from_file(str(tokenizer))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise QbbError("cannot read the tokenizer", where=tokenizer, got=error) from error
+        added = json.loads(encoder.to_str()).get("added_tokens", [])
+        special = {item["id"] for item in added if item.get("special")}
+        known = sorted(i for i in encoder.get_vocab(with_added_tokens=True).values() if i < size and i not in special)
+        encoder.no_truncation()
+        encoder.no_padding()
+        template = encoder.encode("a")
+        inside = [i for i, mark in enumerate(template.special_tokens_mask) if not mark] or [len(template.ids)]
+        return Vocabulary(
+            np.asarray(known or range(size), dtype=np.int64),
+            tuple(template.ids[: inside[0]]),
+            tuple(template.ids[inside[-1] + 1 :]),
+            encoder.token_to_id("[MASK]")
+            if encoder.token_to_id("[MASK]") is not None
+            else encoder.token_to_id("<mask>"),
+        )
+
+
+def context_length(model: nn.Module, wanted: int) -> int:
+    """``wanted`` tokens, or as many as the model can take."""
+    config = text_config(model)
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len"):
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and limit > 1:
+            return min(wanted, limit)
+    return min(wanted, _DEFAULT_CONTEXT)
+
+
+def write_text(
+    model: nn.Module,
+    vocabulary: Vocabulary,
+    settings: TextSettings,
+    batches: range | None = None,
+    tell: Progress | None = None,
+) -> Tokens:
+    """Let a decoder write: a random first token, then sampling from its own distribution, with a KV cache.
+
+    Args:
+        model: a transformers decoder, on its device.
+        vocabulary: first tokens are drawn from its ordinary ones.
+        settings: how much.
+        batches: only these of the ``batch_count`` batches (to share the work).
+        tell: called with (sequences done, in all).
+
+    Returns:
+        int64 ``[sequences, length]``. End-of-text tokens do not end a sequence: as in training, a new text follows.
+    """
+    length, per_batch = context_length(model, settings.length), batch_size(model, settings)
+    device = next(model.parameters()).device
+    texts = []
+    chosen = batches if batches is not None else range(batch_count(model, settings))
+    total = sum(min(per_batch, settings.sequences - b * per_batch) for b in chosen)
+    done = 0
+    for batch in chosen:
+        count = min(per_batch, settings.sequences - batch * per_batch)
+        rng = np.random.default_rng([settings.seed, batch])
+        first = rng.choice(vocabulary.ordinary, size=(count, 1))
+        start = np.concatenate([np.tile(np.asarray(vocabulary.before, dtype=np.int64), (count, 1)), first], axis=1)
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices), precision(device), torch.no_grad():
+            torch.manual_seed(int(rng.integers(1 << 62)))
+            written = model.generate(  # type: ignore[operator]
+                input_ids=torch.from_numpy(start).to(device),
+                attention_mask=torch.ones(start.shape, dtype=torch.long, device=device),
+                min_new_tokens=None,
+                max_new_tokens=length - start.shape[1],
+                do_sample=True,
+                temperature=settings.temperature,
+                top_k=0,
+                top_p=1.0,
+                use_cache=True,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        texts.append(written.cpu().numpy())
+        done += count
+        if tell is not None:
+            tell(done, total)
+    return np.concatenate(texts) if texts else np.zeros((0, length), dtype=np.int64)
+
+
+def batch_size(model: nn.Module, settings: TextSettings) -> int:
+    """Sequences written at once: as many as the keys and values leave room for."""
+    config = text_config(model)
+    device = next(model.parameters()).device
+    length = context_length(model, settings.length)
+    layers = getattr(config, "num_hidden_layers", 1)
+    width = getattr(config, "hidden_size", 1024)
+    heads = getattr(config, "num_attention_heads", 1)
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    each = 2 * layers * length * width * shared // heads * (2 if device.type == "cuda" else 4)
+    # 2x: the cache is copied when it grows.
+    memory = torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else _CACHE_BYTES
+    return max(1, min(settings.sequences, 4096, memory // (2 * each)))
+
+
+def batch_count(model: nn.Module, settings: TextSettings) -> int:
+    """Batches that :func:`write_text` makes."""
+    return -(-settings.sequences // batch_size(model, settings))
+
+
+def precision(device: torch.device) -> torch.autocast:
+    """bfloat16 products on a GPU, float32 elsewhere."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def make_inputs(vocabulary: Vocabulary, settings: TextSettings, context: int, tokens: int) -> list[Tokens]:
+    """Inputs for an encoder, as batches of equal length: random tokens between the special ones, some hidden.
+
+    Half of the sequences draw ids evenly; half by Zipf's law over the numbers of the ids, because vocabularies list
+    frequent pieces first. In every fourth one some tokens are replaced by the mask token, where there is one.
+
+    Args:
+        vocabulary: ids to draw from.
+        settings: as many tokens in all as it asks for.
+        context: longest input of the model.
+        tokens: of a batch, about.
+
+    Returns:
+        int64 arrays ``[sequences, length]``, lengths varying from batch to batch.
+    """
+    rng = np.random.default_rng(settings.seed)
+    ordinary = vocabulary.ordinary
+    zipf = 1.0 / (np.arange(len(ordinary)) + 10.0)
+    zipf /= zipf.sum()
+    around = len(vocabulary.before) + len(vocabulary.after)
+    lengths = [n for n in _ENCODER_LENGTHS if n + around <= context] or [max(1, context - around)]
+    batches, left = [], settings.sequences * settings.length
+    while left > 0:
+        length = int(rng.choice(lengths))
+        count = max(1, min(left, tokens) // (length + around))
+        even = rng.choice(ordinary, size=(count, length))
+        frequent = rng.choice(ordinary, size=(count, length), p=zipf)
+        row = np.arange(count)[:, None]
+        ids = np.where(row % 2 == 0, even, frequent)
+        if vocabulary.mask is not None:
+            hidden = (rng.random(ids.shape) < _MASKED) & (row // 2 % 2 == 1)
+            ids = np.where(hidden, vocabulary.mask, ids)
+        before = np.tile(np.asarray(vocabulary.before, dtype=np.int64), (count, 1))
+        after = np.tile(np.asarray(vocabulary.after, dtype=np.int64), (count, 1))
+        batches.append(np.concatenate([before, ids, after], axis=1).astype(np.int64))
+        left -= batches[-1].size
+    return batches
+
+
+def read_text(file: Path, tokenizer: Path | None, length: int) -> Tokens:
+    """A text file as int64 ``[sequences, length]``; a shorter rest is left out.
+
+    Raises:
+        QbbError: no tokenizer, no UTF-8, or less than one sequence.
+    """
+    from tokenizers import Tokenizer
+
+    if tokenizer is None:
+        raise QbbError("the model has no tokenizer.json to read a text with", where=f"--calibration {file}")
+    try:
+        content = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise QbbError("cannot read the text", where=file, expected="a UTF-8 file", got=error) from error
+    encoder = Tokenizer.from_file(str(tokenizer))
+    encoder.no_truncation()
+    encoder.no_padding()
+    ids = np.asarray(encoder.encode(content, add_special_tokens=False).ids, dtype=np.int64)
+    if len(ids) < length:
+        raise QbbError("text is shorter than a sequence", where=file, expected=f">= {length} tokens", got=len(ids))
+    return ids[: len(ids) // length * length].reshape(-1, length)

@@ -1,0 +1,249 @@
+"""The optimizer's loop: Adam on the student, the best state on the validation text kept, resumable byte by byte."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from qbb_export.distill.objective import distance, run, vocabulary_size
+from qbb_export.distill.ranks import ALONE, Ranks
+from qbb_export.distill.settings import DistillSettings
+from qbb_export.distill.student import Student
+from qbb_export.distill.text import Tokens, precision
+
+# Elements of the logits held at once; larger batches are split and their gradients added.
+_LOGITS = {"cuda": 1 << 29, "cpu": 1 << 26}
+_VALIDATIONS = 20  # times during a phase
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """One line of the training log; ``validation`` is None between validations."""
+
+    step: int
+    loss: float
+    validation: float | None
+    rate: float
+
+
+class Journal(Protocol):
+    """Where a phase keeps its state, so that a killed one goes on."""
+
+    def load(self) -> dict[str, torch.Tensor] | None:
+        """What was kept last, or None."""
+        ...
+
+    def save(self, state: dict[str, torch.Tensor]) -> None:
+        """Keep it (now or later, as the journal sees fit)."""
+        ...
+
+    def due(self) -> bool:
+        """Whether it is time to."""
+        ...
+
+
+class Batches:
+    """Batches in a fixed random order: batch ``i`` is the same whenever it is asked for.
+
+    Args:
+        text: one array ``[sequences, length]``, whose rows are mixed anew in every pass; or several, which are the
+            batches.
+        batch: sequences of a batch, for one array.
+        seed: of the order.
+    """
+
+    def __init__(self, text: Sequence[Tokens], batch: int, seed: int) -> None:
+        self._text, self._batch, self._seed = text, min(batch, len(text[0])), seed
+        self._per_pass = len(text) if len(text) > 1 else len(text[0]) // self._batch
+
+    def __getitem__(self, index: int) -> Tokens:
+        number, place = divmod(index, self._per_pass)
+        rng = np.random.default_rng([self._seed, number])
+        if len(self._text) > 1:
+            return np.asarray(self._text[rng.permutation(self._per_pass)[place]])
+        rows = rng.permutation(len(self._text[0]))[place * self._batch : (place + 1) * self._batch]
+        return np.asarray(self._text[0][rows])
+
+
+def rate_at(step: int, settings: DistillSettings) -> float:
+    """Share of the peak rate: a linear rise, then a cosine to zero."""
+    rise = max(1, round(settings.warmup * settings.steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1.0 + math.cos(math.pi * (step - rise) / max(1, settings.steps - rise)))
+
+
+def micro_batches(ids: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, ...]:
+    """Parts of a batch whose logits fit into memory."""
+    room = _LOGITS.get(ids.device.type, 1 << 26) // max(1, vocabulary * ids.shape[1])
+    return torch.split(ids, max(1, room))
+
+
+def validate(teacher: nn.Module, student: nn.Module, text: Sequence[Tokens], settings: DistillSettings) -> float:
+    """Mean loss on the validation text, without the features."""
+    plain = replace(settings, features=0.0)
+    device = next(teacher.parameters()).device
+    total, count = 0.0, 0
+    with torch.no_grad(), precision(device):
+        for part in text:
+            for ids in micro_batches(torch.from_numpy(part).to(device), vocabulary_size(teacher)):
+                total += float(distance(run(student, ids), run(teacher, ids), plain, ids)) * ids.numel()
+                count += ids.numel()
+    return total / count
+
+
+def train(
+    teacher: nn.Module,
+    student: Student,
+    text: Sequence[Tokens],
+    validation: Sequence[Tokens],
+    settings: DistillSettings,
+    *,
+    seed: int = 0,
+    journal: Journal | None = None,
+    tell: Callable[[int, int, LogLine, int], None] | None = None,
+    ranks: Ranks = ALONE,
+) -> list[LogLine]:
+    """Train a student; it ends in the state that was best on the validation text, its start included.
+
+    Args:
+        teacher: the float model.
+        student: on the same device; changed in place.
+        text: one array ``[sequences, length]``, or batches of equal length each.
+        validation: not learnt from.
+        settings: of this phase.
+        seed: of the order of the text.
+        journal: keeps the state of a run that may be killed.
+        tell: called with (steps done, in all, log line, tokens of the step).
+
+    Returns:
+        The log. It and the student are the same whether or not the run was interrupted.
+    """
+    model = student.model
+    device = next(teacher.parameters()).device
+    groups = student.parameter_groups(settings.code_rate, settings.scale_rate)
+    optimizer = torch.optim.Adam(groups, betas=settings.betas, eps=1e-12, fused=device.type == "cuda")
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    batches = Batches(text, settings.batch, seed)
+    every = max(1, settings.steps // _VALIDATIONS)
+    log: list[LogLine] = []
+    best = [p.detach().clone() for p in parameters]
+    first = 0
+    saved = None if journal is None else journal.load()
+    if saved is not None:
+        first = _restore(saved, parameters, best, optimizer, log)
+        least = min(line.validation for line in log if line.validation is not None)
+    else:
+        least = validate(teacher, model, validation, settings)
+        log.append(LogLine(0, least, least, 0.0))
+    with _deterministic():
+        for step in range(first, settings.steps):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * rate_at(step, settings)
+            _swap_blocks(student, step, settings)
+            ids = torch.from_numpy(batches[step]).to(device)
+            loss = torch.zeros((), device=device)
+            for part in micro_batches(ids, vocabulary_size(teacher)):
+                with precision(device):
+                    with torch.no_grad():
+                        wanted = run(teacher, part, blocks=settings.features > 0)
+                    got = run(model, part, blocks=settings.features > 0)
+                    share = distance(got, wanted, settings, part) * (len(part) / len(ids))
+                share.backward()  # type: ignore[no-untyped-call]
+                loss += share.detach()
+            nn.utils.clip_grad_norm_(parameters, settings.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done = step + 1
+            if done % every == 0 or done == settings.steps:
+                _swap_blocks(student, settings.steps, settings)
+                found = validate(teacher, model, validation, settings)
+                log.append(LogLine(done, float(loss), found, rate_at(step, settings)))
+                if found < least:
+                    least = found
+                    for kept, now in zip(best, parameters, strict=True):
+                        kept.copy_(now.detach())
+                if tell is not None:
+                    tell(done, settings.steps, log[-1], ids.numel())
+            elif tell is not None and done % 10 == 0:
+                tell(done, settings.steps, LogLine(done, float(loss), None, rate_at(step, settings)), ids.numel())
+            if journal is not None and (journal.due() or done == settings.steps):
+                journal.save(_snapshot(done, parameters, best, optimizer, log))
+    with torch.no_grad():
+        for now, kept in zip(parameters, best, strict=True):
+            now.copy_(kept)
+    return log
+
+
+def _snapshot(
+    step: int,
+    parameters: list[nn.Parameter],
+    best: list[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    log: list[LogLine],
+) -> dict[str, torch.Tensor]:
+    lines = [[line.step, line.loss, np.nan if line.validation is None else line.validation, line.rate] for line in log]
+    state = {"log": torch.tensor(lines, dtype=torch.float64), "step": torch.tensor(step)}
+    for i, parameter in enumerate(parameters):
+        moments = optimizer.state[parameter]
+        state |= {f"{i}.now": parameter.detach(), f"{i}.best": best[i]}
+        state |= {f"{i}.first": moments["exp_avg"], f"{i}.second": moments["exp_avg_sq"]}
+    return {name: tensor.contiguous().cpu() for name, tensor in state.items()}
+
+
+def _restore(
+    saved: dict[str, torch.Tensor],
+    parameters: list[nn.Parameter],
+    best: list[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    log: list[LogLine],
+) -> int:
+    """The inverse of :func:`_snapshot`; the step to go on with."""
+    step = int(saved["step"])
+    with torch.no_grad():
+        for i, parameter in enumerate(parameters):
+            parameter.copy_(saved[f"{i}.now"])
+            best[i].copy_(saved[f"{i}.best"])
+            steps = torch.tensor(float(step))
+            optimizer.state[parameter] = {
+                "step": steps.to(parameter.device) if optimizer.defaults["fused"] else steps,
+                "exp_avg": saved[f"{i}.first"].to(parameter.device),
+                "exp_avg_sq": saved[f"{i}.second"].to(parameter.device),
+            }
+    for number, loss, validation, rate in saved["log"].tolist():
+        log.append(LogLine(int(number), loss, None if math.isnan(validation) else validation, rate))
+    return step
+
+
+def _swap_blocks(student: Student, step: int, settings: DistillSettings) -> None:
+    """Let float blocks stand in for quantised ones: all at the start, none after ``swap`` of the steps."""
+    if not settings.swap:
+        return
+    blocks = student.blocks()
+    share = step / max(1.0, settings.swap * settings.steps)
+    quantised = len(blocks) if share >= 1 else int(share * len(blocks)) + 1
+    for number, members in enumerate(blocks):
+        for bases in members:
+            bases.bypass = number >= quantised
+
+
+class _deterministic:
+    """Kernels that add in the same order on every run; a resumed run then gives the same bytes."""
+
+    def __enter__(self) -> None:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        self._before = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # has no deterministic backward pass
+
+    def __exit__(self, *_: object) -> None:
+        torch.use_deterministic_algorithms(self._before[0])
+        torch.backends.cuda.enable_cudnn_sdp(self._before[1])
