@@ -8,9 +8,11 @@
 namespace qbb::core {
 
 struct Partition {
-  int64_t row_blocks;   // blocks of kTaskRows rows of X
+  int64_t row_blocks;   // blocks of `rows` rows of X
   int64_t tile_chunks;  // chunks of `chunk` tiles of the matrix
   int64_t chunk;
+  int64_t rows;
+  bool many_rows;
 
   int64_t tasks() const { return row_blocks * tile_chunks; }
 };
@@ -21,7 +23,12 @@ inline Partition partition(const Tiled& w, int64_t M) {
   constexpr int64_t kEnoughTasks = 16;
   constexpr int64_t kSmallTask = int64_t{1} << 13;
   const auto ceil_div = [](int64_t a, int64_t b) { return a / b + (a % b != 0); };
-  Partition p{ceil_div(M, kTaskRows), 0, kMaxTaskTiles};
+  if (M >= kManyRows) {
+    // Blocks of equal height: the expansion of the weights costs as much as some ten rows.
+    const int64_t blocks = ceil_div(M, kManyTaskRows);
+    return Partition{blocks, ceil_div(w.tiles, kManyTaskTiles), kManyTaskTiles, ceil_div(M, blocks), true};
+  }
+  Partition p{ceil_div(M, kTaskRows), 0, kMaxTaskTiles, kTaskRows, false};
   const int64_t rows = M < kTaskRows ? M : kTaskRows;
   const int64_t per_tile = w.bases * w.words * 8 * rows;
   while (p.chunk > 1 && p.row_blocks * ceil_div(w.tiles, p.chunk) < kEnoughTasks &&

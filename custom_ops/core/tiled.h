@@ -22,4 +22,9 @@ struct Tiled {
 constexpr int64_t kMaxTaskTiles = 32;  // tiles in a task: bounds the accumulators that it keeps on its stack
 constexpr int64_t kTaskRows = 32;      // rows of X in a task
 
+// From so many rows of X on, weights are made floats first (cpu/expand_kernel.h).
+constexpr int64_t kManyRows = 16;
+constexpr int64_t kManyTaskRows = 128;
+constexpr int64_t kManyTaskTiles = 8;  // with the rows: 64 KB of sums on the stack
+
 }  // namespace qbb::core

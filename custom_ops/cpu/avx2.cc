@@ -1,7 +1,7 @@
 // AVX2 + F16C: 16 rows are two registers, a table is two registers, and bit 3 of the nibble picks between their look-ups.
 #include <immintrin.h>
 
-#include "cpu/table_kernel.h"
+#include "cpu/expand_kernel.h"
 
 namespace qbb::cpu {
 namespace {
@@ -21,6 +21,7 @@ struct Avx2 {
   };
   static constexpr int kMaxRows = 2;
   static constexpr int kMaxBases = 1;
+  static constexpr int kProductRows = 6, kProductTiles = 1;  // 12 sums, 2 weights and an input of 16 registers
 
   static QBB_INLINE Lanes zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static QBB_INLINE Lanes splat(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
@@ -44,6 +45,19 @@ struct Avx2 {
   }
   static QBB_INLINE Lanes add(Lanes a, Lanes b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
   static QBB_INLINE Lanes mul(Lanes a, Lanes b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+
+  static QBB_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+  }
+  template <int bit>
+  static QBB_INLINE __m256 half_with_sign(__m256i words, __m256 a) {  // -a where the bit is clear
+    const __m256 plus = _mm256_castsi256_ps(_mm256_slli_epi32(words, 31 - bit));
+    return _mm256_xor_ps(_mm256_andnot_ps(plus, _mm256_set1_ps(-0.0f)), a);
+  }
+  template <int bit>
+  static QBB_INLINE Lanes with_sign(Words words, Lanes a) {
+    return {half_with_sign<bit>(words.lo, a.lo), half_with_sign<bit>(words.hi, a.hi)};
+  }
 
   static QBB_INLINE __m256 signed_splat(const float* x, const uint32_t* sign) {
     return _mm256_xor_ps(_mm256_broadcast_ss(x), _mm256_load_ps(reinterpret_cast<const float*>(sign)));
@@ -72,6 +86,6 @@ struct Avx2 {
 }  // namespace
 
 void run_avx2(const Block& block);
-void run_avx2(const Block& block) { run_block<Avx2>(block); }
+void run_avx2(const Block& block) { run<Avx2>(block); }
 
 }  // namespace qbb::cpu

@@ -1,7 +1,7 @@
 // AVX-512 (F, BW, VL): 16 rows are one register, a table is one register, a look-up is one vpermps.
 #include <immintrin.h>
 
-#include "cpu/table_kernel.h"
+#include "cpu/expand_kernel.h"
 
 namespace qbb::cpu {
 namespace {
@@ -13,6 +13,7 @@ struct Avx512 {
   using Lanes = __m512;
   using Words = __m512i;
   static constexpr int kMaxRows = 8;
+  static constexpr int kProductRows = 8, kProductTiles = 2;  // 16 sums, 2 weights and an input of 32 registers
   static constexpr int kMaxBases = 3;  // their chains of additions run side by side where there is one row only
 
   static QBB_INLINE Lanes zero() { return _mm512_setzero_ps(); }
@@ -35,6 +36,15 @@ struct Avx512 {
   static QBB_INLINE Lanes add(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
   static QBB_INLINE Lanes mul(Lanes a, Lanes b) { return _mm512_mul_ps(a, b); }
 
+  static QBB_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+  template <int bit>
+  static QBB_INLINE Lanes with_sign(Words words, Lanes a) {  // -a where the bit is clear
+    const __m512i plus = _mm512_slli_epi32(words, 31 - bit);
+    constexpr int kXorWithMinus = 0xa6;  // (~plus & sign bit) ^ a
+    return _mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(plus, _mm512_set1_epi32(INT32_MIN), _mm512_castps_si512(a), kXorWithMinus));
+  }
+
   static QBB_INLINE __m512 signed_splat(const float* x, __mmask16 plus) {
     const __m512i sign = _mm512_mask_set1_epi32(_mm512_set1_epi32(INT32_MIN), plus, 0);  // a constant, hoisted
     return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(_mm512_set1_ps(*x)), sign));
@@ -54,6 +64,6 @@ struct Avx512 {
 }  // namespace
 
 void run_avx512(const Block& block);
-void run_avx512(const Block& block) { run_block<Avx512>(block); }
+void run_avx512(const Block& block) { run<Avx512>(block); }
 
 }  // namespace qbb::cpu

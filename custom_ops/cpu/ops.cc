@@ -66,11 +66,11 @@ void run_task(void* arg, int64_t i) {
   const Run& run = *static_cast<const Run*>(arg);
   const qbb::core::Tiled& w = run.kernel->matrix.tiled();
   // Neighbouring tasks share a chunk of weights, so that it is still in a cache when the next block of rows wants it.
-  const int64_t row = i % run.partition.row_blocks * qbb::core::kTaskRows;
+  const int64_t row = i % run.partition.row_blocks * run.partition.rows;
   const int64_t tile = i / run.partition.row_blocks * run.partition.chunk;
-  const int64_t rows = run.M - row < qbb::core::kTaskRows ? run.M - row : qbb::core::kTaskRows;
+  const int64_t rows = run.M - row < run.partition.rows ? run.M - row : run.partition.rows;
   const int64_t tiles = w.tiles - tile < run.partition.chunk ? w.tiles - tile : run.partition.chunk;
-  run.kernel->kernel.run(qbb::cpu::Block{&w, run.x, run.y, run.half, row, rows, tile, tiles});
+  run.kernel->kernel.run(qbb::cpu::Block{&w, run.x, run.y, run.half, row, rows, tile, tiles, run.partition.many_rows});
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 // Plain C++ for every CPU, and the reading of the algorithm that the others are compared with.
-#include "cpu/table_kernel.h"
+#include <cmath>
+
+#include "cpu/expand_kernel.h"
 
 namespace qbb::cpu {
 namespace {
@@ -13,6 +15,7 @@ struct Scalar {
   };
   static constexpr int kMaxRows = 1;
   static constexpr int kMaxBases = 1;
+  static constexpr int kProductRows = 1, kProductTiles = 1;
 
   static Lanes zero() { return Lanes{}; }
   static Lanes splat(float value) {
@@ -49,6 +52,17 @@ struct Scalar {
     for (int i = 0; i < kLanes; ++i) out.f[i] = a.f[i] * b.f[i];
     return out;
   }
+  static Lanes fma(const Lanes& a, const Lanes& b, const Lanes& c) {
+    Lanes out;
+    for (int i = 0; i < kLanes; ++i) out.f[i] = std::fma(a.f[i], b.f[i], c.f[i]);
+    return out;
+  }
+  template <int bit>
+  static Lanes with_sign(const Words& words, const Lanes& a) {
+    Lanes out;
+    for (int i = 0; i < kLanes; ++i) out.f[i] = (words.u[i] >> bit & 1u) != 0 ? a.f[i] : -a.f[i];
+    return out;
+  }
   static Lanes table(const float* x) {
     Lanes out;
     for (unsigned i = 0; i < 16; ++i) {
@@ -71,6 +85,6 @@ struct Scalar {
 }  // namespace
 
 void run_scalar(const Block& block);
-void run_scalar(const Block& block) { run_block<Scalar>(block); }
+void run_scalar(const Block& block) { run<Scalar>(block); }
 
 }  // namespace qbb::cpu

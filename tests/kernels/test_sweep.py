@@ -10,7 +10,7 @@ import pytest
 from qbb_export import format as fmt
 from qbb_export.custom_ops import library_info
 from tests.kernels import abi
-from tests.kernels.layers import Layer, group_sizes, in_layout, make_layer, with_garbage
+from tests.kernels.layers import MANY_ROWS, Layer, group_sizes, in_layout, make_layer, with_garbage
 
 NS = (1, 2, 3, 31, 32, 33, 64)
 MS = (1, 2, 3, 5, 8, 17)
@@ -55,6 +55,20 @@ def test_exact_all_k(K: int) -> None:
     check_exact(K)
 
 
+@pytest.mark.parametrize("M", [16, 127, 128, 129, 260])
+def test_exact_many_rows(M: int) -> None:
+    """More rows and tiles than a task takes, rows that do not fill a register block, every number of bases."""
+    rng = np.random.default_rng(M)
+    x = rng.integers(-8, 9, (M, 300)).astype(np.float32)
+    for bases in range(1, fmt.MAX_BASES + 1):
+        layer = make_layer(rng, 300, 16 * 9 + 5, bases, 96, offset=bases % 2 == 0, powers_of_two=True)
+        exact = layer.exact(x)
+        for isa in abi.isas():
+            np.testing.assert_array_equal(abi.Kernel(layer, isa)(x), exact.astype(np.float32), strict=True)
+            half = abi.Kernel(layer, isa)(x.astype(np.float16))
+            np.testing.assert_array_equal(half, exact.astype(np.float16), strict=True)
+
+
 @pytest.mark.parametrize("group_size", [32, 64, 96, 160, 256, 288, 320, 1024, 2500])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_exact_long_rows(group_size: int, dtype: type) -> None:
@@ -87,18 +101,26 @@ def test_float_within_bound_and_all_isas_equal(case: tuple[int, int, int, int], 
     K, N, bases, group_size = case
     rng = np.random.default_rng([K, N])
     layer = make_layer(rng, K, N, bases, group_size, dtype=dtype)
-    x = rng.normal(size=(21, K)).astype(x_dtype)
+    for rows in (MANY_ROWS - 1, MANY_ROWS + 5):
+        check_float(layer, rng.normal(size=(rows, K)).astype(x_dtype))
+
+
+def check_float(layer: Layer, x: np.ndarray) -> None:
     exact, bound = layer.exact(x), layer.bound(x)
     results = {isa: abi.Kernel(layer, isa)(x) for isa in abi.isas()}
     for isa, y in results.items():
-        slack = bound if x_dtype is np.float32 else bound + np.abs(exact) * 2.0**-11 + 2.0**-25  # Y is rounded, too
+        slack = bound if x.dtype == np.float32 else bound + np.abs(exact) * 2.0**-11 + 2.0**-25  # Y is rounded, too
         worst = np.max(np.abs(y.astype(np.float64) - exact) / slack)
         assert worst <= 1, f"{isa}: {worst:.2f} times the bound"
         assert same_bytes(y, results["scalar"]), isa
         rows = abi.Kernel(in_layout(layer, fmt.LAYOUT_ROWS), isa)
         assert same_bytes(rows(x), y), f"{isa}: layout 0"
-        # A row does not depend on the rows that it is computed with.
-        assert same_bytes(np.concatenate([rows(x[i : i + 1]) for i in range(len(x))]), y), f"{isa}: row by row"
+        # A row does not depend on the rows that it is computed with, as long as they are few or many.
+        if len(x) < MANY_ROWS:
+            assert same_bytes(np.concatenate([rows(x[i : i + 1]) for i in range(len(x))]), y), f"{isa}: row by row"
+        else:
+            wide = np.concatenate([x[3:], x, x, x[:3], x, x, x])  # more than one task high
+            assert same_bytes(rows(wide)[-len(x) :], y), f"{isa}: among others"
 
 
 def test_bound_has_teeth() -> None:
