@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from qbb_export.checkpoint import QuantizedCheckpoint
 from qbb_export.distill.settings import MODEL_RECIPES, LearningOptions, ModelRecipe
 from qbb_export.errors import QbbError
@@ -44,8 +46,8 @@ def learn(
         chosen: settings by layer.
         recipe: its name.
         options: changes to it.
-        device: PyTorch device; with several processes each takes the GPU of its number.
-        record_path: folder of the record.
+        device: PyTorch device; of several processes each takes the GPU of its number.
+        record_path: folder of the record; several processes have to see the same.
         tell: progress.
 
     Returns:
@@ -57,6 +59,7 @@ def learn(
     from qbb_export.distill.ranks import Ranks
     from qbb_export.distill.run import Work, run_recipe
     from qbb_export.distill.student import Target
+    from qbb_export.module import to_device
 
     if recipe not in MODEL_RECIPES:
         raise QbbError("unknown recipe", where="--recipe", expected=f"one of {', '.join(RECIPE_NAMES)}", got=recipe)
@@ -64,8 +67,9 @@ def learn(
     targets = [
         Target(linear.name, linear.weight.name or "", not linear.transposed, chosen[linear.name]) for linear in linears
     ]
-    ranks = Ranks.of_environment()
-    place = ranks.device(device)
+    place = Ranks.device(device)
+    to_device(np.zeros(1, dtype=np.float32), place)  # no such device: told before anything is done
+    ranks = Ranks.of_environment(place)
     record = Record.open(record_path, recipe=recipe) if ranks.first else None
     ranks.wait()
     try:
@@ -73,9 +77,14 @@ def learn(
         weights = _start_from(options.start, model, targets, plan, shared, place, tell, ranks)
         work = Work(model, targets, plan, shared, place, tell, options.calibration, weights, ranks)
         layers = run_recipe(work)
+    except QbbError as error:
+        if not ranks.first:
+            error.add_note(f"in process {ranks.rank}")
+        raise
     finally:
         if record is not None:
             record.close()
+    ranks.leave()
     model.module.to("cpu")
     return record, layers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from onnx_ir.passes import common
 
 from qbb_export import artifact, verification
 from qbb_export.capture import capture
-from qbb_export.distill.settings import LearningOptions
+from qbb_export.distill.settings import MODEL_RECIPES, LearningOptions
 from qbb_export.errors import QbbError
 from qbb_export.files import write_whole
 from qbb_export.format import LAYOUT_TILED, Spec, bits_per_weight, to_layout
@@ -130,13 +131,17 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
     def tell(stage: str, done: int, total: int, note: str = "") -> None:
         report(stage, done, total, note)
 
-    artifact.check_writable(output, force=options.force)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one writes; see distill.ranks
+    if first:
+        artifact.check_writable(output, force=options.force)
     tell("reading the model", 0, 1)
     model, torch_model = capture(source, options.load)
     tell("reading the model", 1, 1)
     prepare_passes()(model)
     VerifyBinaryBasis()(model)  # what would be refused at the end is refused before the work
     recipe = options.recipe or ("best" if can_learn(torch_model) else "fast")
+    if not first and recipe not in MODEL_RECIPES:
+        return ExportReport(output, 0, 0, 0, (), ())  # nothing to share
     if recipe == "float":
         layers: dict[str, LayerReport] = {}
         linears: list[Linear] = []

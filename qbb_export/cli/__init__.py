@@ -10,8 +10,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 
 from qbb_export.cli import eval as evaluate
-from qbb_export.cli import export, report
-from qbb_export.cli.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Parser
+from qbb_export.cli import export, report, study
+from qbb_export.cli.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, SPEAKS, Parser
 from qbb_export.errors import QbbError
 
 
@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_arguments(verbs.add_parser("export", help="quantise a model and write it as ONNX (same as qbb-export)"))
     evaluate.add_arguments(verbs.add_parser("eval", help="perplexity of a language model on a text"))
     report.add_arguments(verbs.add_parser("report", help="one page that shows what a record holds, and JSON"))
+    study.add_arguments(verbs.add_parser("study", help="the QBB paper's figures for a model, kept in a record"))
     library = verbs.add_parser("library", help="print the path for RegisterCustomOpsLibrary")
     library.add_argument("--json", action="store_true", help="also tell version, layouts and instruction sets")
     library.set_defaults(run=_run_library)
@@ -43,7 +44,9 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
         code: int = options.run(options)
         return code
     except QbbError as error:
-        print(f"error: {error}", file=sys.stderr)
+        notes = getattr(error, "__notes__", [])  # which process, where not all have the same error
+        if SPEAKS or notes:
+            print("; ".join([f"error: {error}", *notes]), file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last finished layer", file=sys.stderr)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from qbb_export.cli.terminal import EXIT_DISAGREES, progress_bars
+from qbb_export.cli.terminal import EXIT_DISAGREES, SPEAKS, progress_bars
 
 if TYPE_CHECKING:
     from qbb_export.pipeline import ExportReport
@@ -25,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="replace an existing output")
     add("--no-verify", action="store_true", help="do not open and compare the written file")
     add("--record", type=Path, metavar="DIR", help="per-layer results, for resuming (default: FILE.qbb)")
+    add("--plan", action="store_true", help="only say what it would take: memory, disk, time; nothing is written")
+    add("--json", action="store_true", help="with --plan: as JSON")
     quantize = parser.add_argument_group("quantisation")
     quantize.add_argument(
         "--recipe",
@@ -94,6 +95,12 @@ def run(options: argparse.Namespace) -> int:
         force=options.force,
         verify=not options.no_verify,
     )
+    if options.plan:
+        from qbb_export.cli.plan import print_plan
+        from qbb_export.plan import make_plan
+
+        print_plan(make_plan(options.source, options.output, export_options), as_json=options.json)
+        return 0
     with progress_bars() as progress:
         tasks: dict[str, int] = {}
 
@@ -103,8 +110,8 @@ def run(options: argparse.Namespace) -> int:
             progress.update(tasks[stage], completed=done, total=total, note=note)  # type: ignore[arg-type]
 
         report = export(options.source, options.output, export_options, tell)
-    if os.environ.get("RANK", "0") != "0":
-        return 0  # one process of several speaks
+    if not SPEAKS:
+        return 0
     _print_report(report, verified=export_options.verify)
     return 0 if report.ok else EXIT_DISAGREES
 

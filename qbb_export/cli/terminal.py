@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -25,6 +26,9 @@ from qbb_export.errors import QbbError
 EXIT_BAD_INPUT = 2
 EXIT_DISAGREES = 1
 EXIT_INTERRUPTED = 130
+
+# Of several processes (torchrun, accelerate launch) one speaks.
+SPEAKS = os.environ.get("RANK", "0") == "0"
 
 _messages = Console(stderr=True)
 
@@ -57,5 +61,5 @@ def progress_bars() -> Iterator[Progress]:
         TimeRemainingColumn(),
         _Note(),
     )
-    with Progress(*columns, console=_messages) as progress:
+    with Progress(*columns, console=_messages, disable=not SPEAKS) as progress:
         yield progress

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
+from weakref import WeakSet
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from qbb_export.distill.settings import DistillSettings
+
+# Models found to give neither tokens' logits nor a last hidden state.
+_CLASSIFIERS: Final[WeakSet[nn.Module]] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Outputs:
 
     Args:
         logits: ``[batch, sequence, tokens]`` of a language model, else None.
-        hidden: ``[batch, sequence, d]``, the last hidden state of an encoder, else None.
+        hidden: ``[batch, sequence, d]``, the last hidden state of an encoder or a classifier, else None.
         blocks: outputs of the blocks, ``[batch, sequence, d]`` each; empty unless asked for.
     """
 
@@ -48,13 +52,18 @@ def vocabulary_size(model: nn.Module) -> int:
 
 def run(model: nn.Module, ids: torch.Tensor, *, blocks: bool = False) -> Outputs:
     """Run a transformers model on token ids ``[batch, sequence]``."""
-    result: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=blocks)
-    logits = getattr(result, "logits", None)
-    if logits is not None and logits.ndim != 3:
-        logits = None  # a classifier: its blocks say more
-    hidden = getattr(result, "last_hidden_state", None)
-    features = tuple(result.hidden_states[1:]) if blocks or (logits is None and hidden is None) else ()
-    return Outputs(logits, hidden if logits is None else None, features)
+
+    def outputs(with_blocks: bool) -> Any:
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=with_blocks)
+
+    result = outputs(blocks or model in _CLASSIFIERS)
+    logits, hidden = getattr(result, "logits", None), getattr(result, "last_hidden_state", None)
+    if hidden is None and (logits is None or logits.ndim != 3):  # its last block says more than its few classes
+        if result.hidden_states is None:
+            _CLASSIFIERS.add(model)
+            result = outputs(True)
+        logits, hidden = None, result.hidden_states[-1]
+    return Outputs(logits, hidden if logits is None else None, tuple(result.hidden_states[1:]) if blocks else ())
 
 
 def distance(student: Outputs, teacher: Outputs, settings: DistillSettings, ids: torch.Tensor) -> torch.Tensor:
@@ -66,9 +75,17 @@ def distance(student: Outputs, teacher: Outputs, settings: DistillSettings, ids:
         loss = embedding_distance(student.hidden, teacher.hidden)
     if settings.features:
         pairs = zip(student.blocks, teacher.blocks, strict=True)
-        parts = [functional.mse_loss(s.float(), t.float()) / t.float().var() for s, t in pairs]
-        loss = loss + settings.features * torch.stack(parts).mean()
+        loss = loss + settings.features * torch.stack([_block_distance(s, t) for s, t in pairs]).mean()
     return loss
+
+
+def _block_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of ``[batch, sequence, d]``, relative to each sequence's variance.
+
+    Sequence by sequence, so that a batch may be taken in parts.
+    """
+    wanted = teacher.float().flatten(1)
+    return ((student.float().flatten(1) - wanted).square().mean(1) / wanted.var(1)).mean()
 
 
 def logits_distance(student: torch.Tensor, teacher: torch.Tensor, kind: str, ids: torch.Tensor) -> torch.Tensor:

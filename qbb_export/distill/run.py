@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
@@ -11,16 +12,18 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from qbb_export.distill import text as texts
-from qbb_export.distill.objective import distance, run, vocabulary_size
+from qbb_export.distill.filter import most_different
+from qbb_export.distill.objective import vocabulary_size
 from qbb_export.distill.ranks import ALONE, Ranks
 from qbb_export.distill.settings import DistillSettings, ModelRecipe
 from qbb_export.distill.student import Student, Target
 from qbb_export.distill.sweeps import SweptModel, sweep_all
-from qbb_export.distill.text import Tokens, Vocabulary, precision
+from qbb_export.distill.text import Tokens, Vocabulary
 from qbb_export.distill.train import LogLine, train
 from qbb_export.errors import QbbError
 from qbb_export.quantize import Quantized
@@ -49,6 +52,8 @@ class Work:
             quantiser), or None.
         tell: progress.
         ranks: the processes that share the work.
+        text: what to learn from and what to validate on, if not written for this work (:func:`learning_text`).
+        start: layers by name to go on from, instead of quantising the weights.
     """
 
     loaded: TorchModel
@@ -60,6 +65,8 @@ class Work:
     calibration: Path | None = None
     weights: Callable[[str], Any] | None = None
     ranks: Ranks = ALONE
+    text: tuple[list[Tokens], list[Tokens]] | None = None
+    start: Mapping[str, Quantized] | None = None
 
     def __post_init__(self) -> None:
         self.model: nn.Module = self.loaded.module.requires_grad_(False)
@@ -94,6 +101,12 @@ class Work:
         if self.weights is not None:
             for target in self.targets:
                 digest.update(np.ascontiguousarray(self.weights(target.parameter)).data)
+        given: list[npt.NDArray[Any]] = [part for parts in self.text or () for part in parts]
+        for layer in (self.start or {}).values():
+            given += [array for array in (layer.words, layer.scales, layer.offset) if array is not None]
+        for array in given:
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
 
@@ -108,11 +121,12 @@ def run_recipe(work: Work) -> dict[str, Quantized]:
     """
     final = {t.name: work.record.get(t.name, work.key("layers")) for t in work.targets}
     if None not in final.values():
+        _tidy(work)
         return {name: layer for name, layer in final.items() if layer is not None}
     layers = _start(work)
     recipe = work.recipe
     if recipe.sweep is not None or recipe.distill:
-        text, validation = _text(work)
+        text, validation = learning_text(work)
     if recipe.sweep is not None:
         layers = _sweep(work, layers, text)
     logs: list[dict[str, Any]] = []
@@ -124,10 +138,16 @@ def run_recipe(work: Work) -> dict[str, Quantized]:
             work.record.put_text("log.jsonl", "".join(json.dumps(line) + "\n" for line in logs))
         for name, layer in layers.items():
             work.record.put(name, work.key("layers"), layer)
-        for number in range(1, len(recipe.distill) + 1):
-            work.record.drop_tensors(f"phase-{number}")
+        _tidy(work)
     work.ranks.wait()
     return layers
+
+
+def _tidy(work: Work) -> None:
+    """Remove what only an unfinished run needs; once more where a run was killed just before."""
+    if work.ranks.first:
+        for number in range(1, len(work.recipe.distill) + 1):
+            work.record.drop_tensors(f"phase-{number}")
 
 
 def _with_offset(target: Target, recipe: ModelRecipe) -> bool:
@@ -137,6 +157,8 @@ def _with_offset(target: Target, recipe: ModelRecipe) -> bool:
 
 def _start(work: Work) -> dict[str, Quantized]:
     """Each matrix from its weights alone, shared out over the processes."""
+    if work.start is not None:
+        return dict(work.start)
     record, total, done = work.record.stage("start"), 0, 0
     sizes = [work.model.get_parameter(t.parameter).numel() for t in work.targets]
     total = sum(sizes)
@@ -164,8 +186,10 @@ def _weight(work: Work, target: Target) -> torch.Tensor:
     return other
 
 
-def _text(work: Work) -> tuple[list[Tokens], list[Tokens]]:
-    """What to learn from, and what to validate on."""
+def learning_text(work: Work) -> tuple[list[Tokens], list[Tokens]]:
+    """What to learn from, and what to validate on; written now, unless it is given or in the record."""
+    if work.text is not None:
+        return work.text
     settings = work.recipe.text
     if not work.decoder:
         batch = max((d.batch for d in work.recipe.distill), default=8)
@@ -184,11 +208,12 @@ def _text(work: Work) -> tuple[list[Tokens], list[Tokens]]:
             work.tell("writing text", done, total, "sequences")
 
         written = texts.write_text(work.model, work.vocabulary, settings, mine, tell)
-        saved = {"ids": work.ranks.gather_batches(written, batches, texts.batch_size(work.model, settings))}
+        ids = work.ranks.gather_batches(written, batches, texts.batch_size(work.model, settings))
+        saved = {"ids": ids.astype(np.int32)}
         if work.ranks.first:
             work.record.put_tensors("text", work.key("text"), saved)
         work.ranks.wait()
-    ids = saved["ids"]
+    ids = saved["ids"].astype(np.int64)
     held = min(settings.validation, max(1, len(ids) // 4))
     parts = [ids[:-held]]
     if work.calibration is not None:
@@ -206,7 +231,7 @@ def _sweep(work: Work, start: Mapping[str, Quantized], text: Sequence[Tokens]) -
     settings = work.recipe.sweep
     assert settings is not None
     record, key = work.record.stage("sweep"), work.key("sweep")
-    if all(record.get(t.name, key) is not None for t in work.targets):
+    if work.ranks.agree(all(record.get(t.name, key) is not None for t in work.targets)):
         return {t.name: record.load(t.name) for t in work.targets}
     wanted, chosen = settings.sequences * work.recipe.text.length, []
     for part in text:  # as many tokens as asked for
@@ -214,11 +239,16 @@ def _sweep(work: Work, start: Mapping[str, Quantized], text: Sequence[Tokens]) -
         wanted -= chosen[-1].size
         if wanted <= 0:
             break
+
+    def load(target: Target) -> Quantized | None:
+        done = work.ranks.agree(record.get(target.name, key) is not None)  # another process may be writing it
+        return record.load(target.name) if done else None
+
     return sweep_all(
         SweptModel(work.model, work.targets, chosen),
         start,
         settings,
-        load=lambda target: record.get(target.name, key),
+        load=load,
         save=lambda target, layer: record.put(target.name, key, layer),
         tell=lambda done, total: work.tell("sweeping layers", done, total, ""),
         ranks=work.ranks,
@@ -234,9 +264,24 @@ def _distill(
     number: int,
 ) -> tuple[dict[str, Quantized], list[LogLine]]:
     """One phase of learning."""
-    student = Student(work.model, list(work.targets), start, train_codes=settings.codes)
+    if work.ranks.size > 1:
+        work.model.to("cpu")  # whole, for what follows; each process has room for its part only
+    teacher, student = work.model, Student(work.model, list(work.targets), start, train_codes=settings.codes)
+    if work.ranks.size > 1:
+        teacher = work.ranks.sharded(copy.deepcopy(work.model), work.device)
+        student.model = work.ranks.sharded(student.model, work.device)
     if work.recipe.text.keep < 1 and len(text) == 1:
-        text = [_most_different(work, student, text[0], settings)]
+        text = [
+            most_different(
+                teacher,
+                student.model,
+                text[0],
+                work.recipe.text.keep,
+                settings,
+                lambda done, total: work.tell("filtering text", done, total, ""),
+                work.ranks,
+            )
+        ]
     journal = RecordJournal(work.record, f"phase-{number}", work.key(f"phase-{number}"), work.ranks)
     began, seen = time.monotonic(), 0
 
@@ -247,7 +292,7 @@ def _distill(
         work.tell(f"distilling ({number})", done, total, f"loss {line.loss:.4f}  {speed:,.0f} tokens/s")
 
     log = train(
-        work.model,
+        teacher,
         student,
         text,
         validation,
@@ -258,24 +303,6 @@ def _distill(
         ranks=work.ranks,
     )
     return student.quantized(start, work.model), log
-
-
-def _most_different(work: Work, student: Student, text: Tokens, settings: DistillSettings) -> Tokens:
-    """The paper's filter: the share of the sequences on which float model and copy differ most."""
-    scores = []
-    device = torch.device(work.device)
-    plain = replace(settings, features=0.0)
-    with torch.no_grad(), precision(device):
-        for i in range(0, len(text), 8):
-            ids = torch.from_numpy(text[i : i + 8]).to(device)
-            got, wanted = run(student.model, ids), run(work.model, ids)
-            for row in range(len(ids)):
-                part = slice(row, row + 1)
-                scores.append(float(distance(got.rows(part), wanted.rows(part), plain, ids[part])))
-            work.tell("filtering text", min(len(text), i + 8), len(text), "")
-    count = max(1, round(work.recipe.text.keep * len(text)))
-    chosen = np.sort(np.argsort(-np.asarray(scores), kind="stable")[:count])
-    return np.asarray(text[chosen])
 
 
 class RecordJournal:
@@ -297,5 +324,5 @@ class RecordJournal:
         self._last = time.monotonic()
 
     def due(self) -> bool:
-        """Whether the state kept last is old."""
-        return time.monotonic() - self._last >= SAVE_SECONDS
+        """Whether the state kept last is old; the first process's clock counts."""
+        return self._ranks.agree(time.monotonic() - self._last >= SAVE_SECONDS)

@@ -166,7 +166,7 @@ def make_inputs(vocabulary: Vocabulary, settings: TextSettings, context: int, to
     """Inputs for an encoder, as batches of equal length: random tokens between the special ones, some hidden.
 
     Half of the sequences draw ids evenly; half by Zipf's law over the numbers of the ids, because vocabularies list
-    frequent pieces first. In every fourth one some tokens are replaced by the mask token, where there is one.
+    frequent pieces first. In half of each some tokens are replaced by the mask token, where there is one.
 
     Args:
         vocabulary: ids to draw from.

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from qbb_export.distill.objective import distance, run, vocabulary_size
-from qbb_export.distill.ranks import ALONE, Ranks
+from qbb_export.distill.objective import Outputs, distance, run, vocabulary_size
+from qbb_export.distill.ranks import ALONE, Ranks, spread_like, whole
 from qbb_export.distill.settings import DistillSettings
 from qbb_export.distill.student import Student
 from qbb_export.distill.text import Tokens, precision
@@ -21,6 +21,7 @@ from qbb_export.distill.text import Tokens, precision
 # Elements of the logits held at once; larger batches are split and their gradients added.
 _LOGITS = {"cuda": 1 << 29, "cpu": 1 << 26}
 _VALIDATIONS = 20  # times during a phase
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam remembers of a parameter
 
 
 @dataclass(frozen=True)
@@ -80,23 +81,43 @@ def rate_at(step: int, settings: DistillSettings) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (step - rise) / max(1, settings.steps - rise)))
 
 
-def micro_batches(ids: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, ...]:
-    """Parts of a batch whose logits fit into memory."""
-    room = _LOGITS.get(ids.device.type, 1 << 26) // max(1, vocabulary * ids.shape[1])
-    return torch.split(ids, max(1, room))
+def micro_batches(
+    batch: Tokens, device: torch.device, vocabulary: int, ranks: Ranks = ALONE
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """This process's rows of a batch, in parts whose logits fit into memory, and how many rows of a part count.
+
+    All processes get as many parts of as many rows (see :meth:`Ranks.rows`).
+    """
+    rows, real = ranks.rows(len(batch))
+    room = max(1, _LOGITS.get(device.type, 1 << 26) // max(1, vocabulary * batch.shape[1]))
+    ids = torch.from_numpy(batch[rows]).to(device)
+    for start in range(0, len(ids), room):
+        part = ids[start : start + room]
+        yield part, min(len(part), max(0, real - start))
 
 
-def validate(teacher: nn.Module, student: nn.Module, text: Sequence[Tokens], settings: DistillSettings) -> float:
-    """Mean loss on the validation text, without the features."""
+def validate(
+    teacher: nn.Module, student: nn.Module, text: Sequence[Tokens], settings: DistillSettings, ranks: Ranks = ALONE
+) -> float:
+    """Mean loss on the validation text, without the features; the same number in all processes."""
     plain = replace(settings, features=0.0)
     device = next(teacher.parameters()).device
     total, count = 0.0, 0
     with torch.no_grad(), precision(device):
-        for part in text:
-            for ids in micro_batches(torch.from_numpy(part).to(device), vocabulary_size(teacher)):
-                total += float(distance(run(student, ids), run(teacher, ids), plain, ids)) * ids.numel()
-                count += ids.numel()
-    return total / count
+        for batch in text:
+            for ids, real in micro_batches(batch, device, vocabulary_size(teacher), ranks):
+                found = _loss(run(student, ids), run(teacher, ids), plain, ids, real)
+                total += float(found) * real * ids.shape[1]
+            count += batch.size
+    return ranks.total(total) / count
+
+
+def _loss(got: Outputs, wanted: Outputs, settings: DistillSettings, ids: torch.Tensor, real: int) -> torch.Tensor:
+    """The mean loss over the first ``real`` sequences, one at least."""
+    if real < len(ids):
+        rows = slice(0, max(1, real))
+        got, wanted, ids = got.rows(rows), wanted.rows(rows), ids[rows]
+    return distance(got, wanted, settings, ids)
 
 
 def train(
@@ -122,6 +143,8 @@ def train(
         seed: of the order of the text.
         journal: keeps the state of a run that may be killed.
         tell: called with (steps done, in all, log line, tokens of the step).
+        ranks: processes that share every batch; both models are spread over them then (:meth:`Ranks.sharded`). What
+            they end with is what one process ends with, but for the rounding of sums.
 
     Returns:
         The log. It and the student are the same whether or not the run was interrupted.
@@ -142,22 +165,23 @@ def train(
         first = _restore(saved, parameters, best, optimizer, log)
         least = min(line.validation for line in log if line.validation is not None)
     else:
-        least = validate(teacher, model, validation, settings)
+        least = validate(teacher, model, validation, settings, ranks)
         log.append(LogLine(0, least, least, 0.0))
     with _deterministic():
         for step in range(first, settings.steps):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * rate_at(step, settings)
             _swap_blocks(student, step, settings)
-            ids = torch.from_numpy(batches[step]).to(device)
+            batch = batches[step]
             loss = torch.zeros((), device=device)
-            for part in micro_batches(ids, vocabulary_size(teacher)):
+            for ids, real in micro_batches(batch, device, vocabulary_size(teacher), ranks):
                 with precision(device):
                     with torch.no_grad():
-                        wanted = run(teacher, part, blocks=settings.features > 0)
-                    got = run(model, part, blocks=settings.features > 0)
-                    share = distance(got, wanted, settings, part) * (len(part) / len(ids))
-                share.backward()  # type: ignore[no-untyped-call]
+                        wanted = run(teacher, ids, blocks=settings.features > 0)
+                    got = run(model, ids, blocks=settings.features > 0)
+                    share = _loss(got, wanted, settings, ids, real) * (real / len(batch))
+                mine = share * ranks.size  # gradients are averaged over the processes
+                mine.backward()  # type: ignore[no-untyped-call]
                 loss += share.detach()
             nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
@@ -165,18 +189,19 @@ def train(
             done = step + 1
             if done % every == 0 or done == settings.steps:
                 _swap_blocks(student, settings.steps, settings)
-                found = validate(teacher, model, validation, settings)
-                log.append(LogLine(done, float(loss), found, rate_at(step, settings)))
+                found = validate(teacher, model, validation, settings, ranks)
+                log.append(LogLine(done, ranks.total(float(loss)), found, rate_at(step, settings)))
                 if found < least:
                     least = found
                     for kept, now in zip(best, parameters, strict=True):
                         kept.copy_(now.detach())
                 if tell is not None:
-                    tell(done, settings.steps, log[-1], ids.numel())
+                    tell(done, settings.steps, log[-1], batch.size)
             elif tell is not None and done % 10 == 0:
-                tell(done, settings.steps, LogLine(done, float(loss), None, rate_at(step, settings)), ids.numel())
+                line = LogLine(done, ranks.total(float(loss)), None, rate_at(step, settings))
+                tell(done, settings.steps, line, batch.size)
             if journal is not None and (journal.due() or done == settings.steps):
-                journal.save(_snapshot(done, parameters, best, optimizer, log))
+                journal.save(_snapshot(done, parameters, best, optimizer, log, ranks))
     with torch.no_grad():
         for now, kept in zip(parameters, best, strict=True):
             now.copy_(kept)
@@ -189,14 +214,21 @@ def _snapshot(
     best: list[torch.Tensor],
     optimizer: torch.optim.Optimizer,
     log: list[LogLine],
+    ranks: Ranks,
 ) -> dict[str, torch.Tensor]:
-    lines = [[line.step, line.loss, np.nan if line.validation is None else line.validation, line.rate] for line in log]
+    """The state in one piece, on the host; in the first process only."""
+    lines = [[line.step, line.loss, line.validation, line.rate] for line in log]  # all of these have been validated
     state = {"log": torch.tensor(lines, dtype=torch.float64), "step": torch.tensor(step)}
     for i, parameter in enumerate(parameters):
-        moments = optimizer.state[parameter]
         state |= {f"{i}.now": parameter.detach(), f"{i}.best": best[i]}
-        state |= {f"{i}.first": moments["exp_avg"], f"{i}.second": moments["exp_avg_sq"]}
-    return {name: tensor.contiguous().cpu() for name, tensor in state.items()}
+        if moments := optimizer.state.get(parameter):  # none before a block's first turn
+            state |= {f"{i}.{name}": moments[name].detach() for name in _MOMENTS}
+    result = {}
+    for name, tensor in state.items():
+        full = whole(tensor)  # all processes take part
+        if ranks.first:
+            result[name] = full.contiguous().cpu()
+    return result
 
 
 def _restore(
@@ -210,16 +242,15 @@ def _restore(
     step = int(saved["step"])
     with torch.no_grad():
         for i, parameter in enumerate(parameters):
-            parameter.copy_(saved[f"{i}.now"])
-            best[i].copy_(saved[f"{i}.best"])
-            steps = torch.tensor(float(step))
-            optimizer.state[parameter] = {
-                "step": steps.to(parameter.device) if optimizer.defaults["fused"] else steps,
-                "exp_avg": saved[f"{i}.first"].to(parameter.device),
-                "exp_avg_sq": saved[f"{i}.second"].to(parameter.device),
-            }
+            parameter.copy_(spread_like(saved[f"{i}.now"], parameter))
+            best[i].copy_(spread_like(saved[f"{i}.best"], parameter))
+            if f"{i}.step" in saved:
+                count = saved[f"{i}.step"]
+                moments = {name: spread_like(saved[f"{i}.{name}"], parameter) for name in _MOMENTS[1:]}
+                moments["step"] = count.to(parameter.device) if optimizer.defaults["fused"] else count
+                optimizer.state[parameter] = moments
     for number, loss, validation, rate in saved["log"].tolist():
-        log.append(LogLine(int(number), loss, None if math.isnan(validation) else validation, rate))
+        log.append(LogLine(int(number), loss, validation, rate))
     return step
 
 
@@ -240,10 +271,14 @@ class _deterministic:
 
     def __enter__(self) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        self._before = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+        settings: Any = torch.utils.deterministic
+        cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+        self._before = torch.are_deterministic_algorithms_enabled(), cudnn, settings.fill_uninitialized_memory
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cuda.enable_cudnn_sdp(False)  # has no deterministic backward pass
+        settings.fill_uninitialized_memory = False  # a debugging aid that doubles the number of kernels
 
     def __exit__(self, *_: object) -> None:
         torch.use_deterministic_algorithms(self._before[0])
         torch.backends.cuda.enable_cudnn_sdp(self._before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = self._before[2]  # type: ignore[attr-defined]

@@ -10,6 +10,15 @@ from qbb_export.quantize.matrix import quantize
 from qbb_export.quantize.quantized import Quantized, dequantize
 from qbb_export.quantize.recipes import RECIPES
 from qbb_export.quantize.rows import MatrixRows, WeightRows
-from qbb_export.quantize.settings import QuantizeSettings
+from qbb_export.quantize.settings import QuantizeSettings, RefineSettings
 
-__all__ = ["RECIPES", "MatrixRows", "QuantizeSettings", "Quantized", "WeightRows", "dequantize", "quantize"]
+__all__ = [
+    "RECIPES",
+    "MatrixRows",
+    "QuantizeSettings",
+    "Quantized",
+    "RefineSettings",
+    "WeightRows",
+    "dequantize",
+    "quantize",
+]

@@ -105,7 +105,7 @@ def _scale_dtype(peak: float, settings: QuantizeSettings, name: str) -> str:
         return "float16" if peak == 0.0 or low <= peak <= high else "float32"
     if settings.scale_dtype == "float16" and peak > high:
         raise QbbError(
-            "weights too large for float16 scales (use --scale-dtype float32)",
+            "weights too large for float16 scales (use scale_dtype float32)",
             where=name,
             expected=f"max|W| <= {high:g}",
             got=f"{peak:g}",

@@ -74,7 +74,7 @@ class QuantizeSettings:
         group_size: inputs that share a scale: 0 for the whole row, else a multiple of 32. A group costs
             ``16 * bases`` bits for its scales.
         offset: add a float32 offset to each group, 32 bits a group. None leaves it to the recipe: ``fast`` adds it for
-            up to ``OFFSET_UP_TO`` bases.
+            up to ``OFFSET_UP_TO`` bases, ``rtn`` always, recipes that learn as ``distill.settings`` says.
         rounds: at most so many rounds of alternating minimisation from the best start, 0..1000.
         shakes: attempts to leave the local minimum that was reached, 0..1000; each costs a few rounds.
         scale_dtype: ``"float16"``, ``"float32"``, or ``"auto"``: float16, unless the largest weight of the layer is so

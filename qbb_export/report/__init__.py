@@ -8,9 +8,9 @@ from qbb_export.errors import QbbError
 from qbb_export.files import write_whole
 from qbb_export.report.charts import require_matplotlib
 from qbb_export.report.collect import ReportData, collect
-from qbb_export.report.page import page
+from qbb_export.report.page import render
 
-__all__ = ["ReportData", "collect", "page", "write_report"]
+__all__ = ["ReportData", "collect", "render", "write_report"]
 
 
 def write_report(record: Path, output: Path, *, force: bool = False) -> tuple[Path, Path]:
@@ -37,7 +37,7 @@ def write_report(record: Path, output: Path, *, force: bool = False) -> tuple[Pa
             raise QbbError("file exists (use --force to replace it)", where=path)
     require_matplotlib()
     data = collect(record)
-    text = page(data)
+    text = render(data)
     try:
         write_whole(numbers, data.as_json().encode("ascii"))
         write_whole(output, text.encode("utf-8"))

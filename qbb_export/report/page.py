@@ -49,7 +49,7 @@ $body
 """)
 
 
-def page(data: ReportData) -> str:
+def render(data: ReportData) -> str:
     """The whole page; everything that comes from a file is escaped."""
     parts = [_summary(data)]
     if data.missing:
@@ -78,7 +78,7 @@ def _plain(value: object) -> str:
     return "–" if value is None else str(value)
 
 
-def _number(value: float) -> str:
+def readable_number(value: float) -> str:
     """An int with thin spaces, a float with four digits."""
     if isinstance(value, int) or (value.is_integer() and abs(value) >= 1e4):
         return f"{int(value):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
@@ -99,16 +99,16 @@ def _summary(data: ReportData) -> str:
     total = dict(zip(data.cost.columns, data.cost.rows[-1], strict=True))
     weights, stored = total["float multiply-adds"], total["bytes"]
     errors = [layer.errors[-1] for layer in data.layers]
-    facts = [("recipe", _plain(data.manifest.get("recipe"))), ("layers", _number(len(data.layers)))]
+    facts = [("recipe", _plain(data.manifest.get("recipe"))), ("layers", readable_number(len(data.layers)))]
     if errors and isinstance(weights, int) and isinstance(stored, int):
         additions, products = total["additions"], total["multiplications"]
         assert isinstance(additions, int) and isinstance(products, int)
         facts += [
-            ("weights", _number(weights)),
-            ("bits per weight", _number(8 * stored / weights)),
+            ("weights", readable_number(weights)),
+            ("bits per weight", readable_number(8 * stored / weights)),
             ("size", f"{size(stored)} (float16: {size(2 * weights)})"),
-            ("mean error", f"{_number(sum(errors) / len(errors))} (worst: {_number(max(errors))})"),
-            ("additions per token", f"{additions:.3g} (or {additions / 4:.3g} look-ups)"),
+            ("mean error", f"{readable_number(sum(errors) / len(errors))} (worst: {readable_number(max(errors))})"),
+            ("additions per token", f"{additions:.3g} (or {total['look-ups']:.3g} look-ups)"),
             ("multiplications per token", f"{products:.3g} (float: {weights:.3g})"),
         ]
     return "<dl>" + "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in facts) + "</dl>"
@@ -119,7 +119,7 @@ def _layers(data: ReportData) -> str:
     rows = []
     for layer in data.layers:
         spec, bits = layer.spec, layer_bits(layer)
-        stages = [_number(error) for error in layer.errors]
+        stages = [readable_number(error) for error in layer.errors]
         rows.append(
             (
                 layer.name,
@@ -147,7 +147,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str | float | None]])
     head = "".join(f"<th{m}>{_text(c)}</th>" for m, c in zip(mark, columns, strict=True))
     lines = []
     for row in rows:
-        cells = ("–" if v is None else _text(v) if isinstance(v, str) else _number(v) for v in row)
+        cells = ("–" if v is None else _text(v) if isinstance(v, str) else readable_number(v) for v in row)
         lines.append("<tr>" + "".join(f"<td{m}>{c}</td>" for m, c in zip(mark, cells, strict=True)) + "</tr>")
     body = "\n".join(lines)
     return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 from xml.dom import minidom
 
 import numpy as np
@@ -27,7 +26,8 @@ from qbb_export.studies import Series, Study
 from tests.passes.graphs import graph
 
 pytest.importorskip("matplotlib")
-from qbb_export.report import charts, page, write_report  # noqa: E402
+from qbb_export.report import charts, render, write_report
+from qbb_export.report.page import readable_number
 
 SETTINGS = QuantizeSettings(2, 32, refine=RefineSettings(steps=5))
 HOSTILE = "layers.7.</td><script>alert(1)</script>&$x_{1}$'\"\x00\ud800"
@@ -114,7 +114,7 @@ def test_everything_there_is_shown_and_nothing_is_fetched(tmp_path: Path) -> Non
     add_studies(record, CHART, BARS, TABLE, Study("weights-x", "Weights", "table"), Study("none", "Empty", "lines"))
     add_log(record, log_of(25))
     before = sorted((path, path.read_bytes()) for path in record.rglob("*") if path.is_file())
-    text = page(collect(record))
+    text = render(collect(record))
     assert before == sorted((path, path.read_bytes()) for path in record.rglob("*") if path.is_file())
     found = Elements(text)
     assert not {"script", "img", "link", "iframe", "object", "base", "form", "image"} & set(found.tags)
@@ -139,7 +139,7 @@ def test_everything_there_is_shown_and_nothing_is_fetched(tmp_path: Path) -> Non
 def test_the_same_record_gives_the_same_bytes(tmp_path: Path) -> None:
     record = record_of(tmp_path, "a", "b")
     add_studies(record, CHART)
-    texts = [page(collect(record)), page(collect(record))]
+    texts = [render(collect(record)), render(collect(record))]
     assert texts[0] == texts[1]
 
 
@@ -231,7 +231,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_an_empty_record_says_what_is_missing(tmp_path: Path) -> None:
     data = collect(record_of(tmp_path))
     assert len(data.missing) == 3 and not data.charts
-    assert "No layer is finished yet" in Elements(page(data)).text
+    assert "No layer is finished yet" in Elements(render(data)).text
 
 
 def test_two_hundred_layers_stay_readable() -> None:
@@ -278,6 +278,6 @@ def test_a_bad_name_is_refused_before_the_work(tmp_path: Path) -> None:
         write_report(tmp_path / "nothing", tmp_path / "r.txt")
 
 
-def test_plain_values() -> None:
-    values: dict[str, Any] = {"12": 12, "1.235": 1.23456, "1e-05": 1e-5}
-    assert all(__import__("qbb_export.report.page", fromlist=["x"])._number(v) == k for k, v in values.items())
+def test_numbers_are_readable() -> None:
+    for value, text in ((12, "12"), (1234567, "1\u202f234\u202f567"), (1.23456, "1.235"), (2e5, "200\u202f000")):
+        assert readable_number(value) == text
