@@ -49,7 +49,8 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
             print("; ".join([f"error: {error}", *notes]), file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last finished layer", file=sys.stderr)
+        if SPEAKS:
+            print("interrupted; the same command goes on from the last finished layer", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

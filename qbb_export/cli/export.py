@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qbb_export.cli.terminal import EXIT_DISAGREES, SPEAKS, progress_bars
+from qbb_export.errors import QbbError
 
 if TYPE_CHECKING:
     from qbb_export.pipeline import ExportReport
@@ -95,6 +96,8 @@ def run(options: argparse.Namespace) -> int:
         force=options.force,
         verify=not options.no_verify,
     )
+    if options.json and not options.plan:
+        raise QbbError("only with --plan", where="--json")
     if options.plan:
         from qbb_export.cli.plan import print_plan
         from qbb_export.plan import make_plan

@@ -46,7 +46,7 @@ class MeasuredModel:
                     parameter.copy_(dense.T if target.transposed else dense)
 
     def distance(self, text: Sequence[Tokens]) -> float:
-        """Mean over tokens: KL(float model || this one) in nats; of an encoder the distance of embeddings. 0 or more."""
+        """Mean over tokens, 0 or more: KL(float model || this one) in nats, or the distance of embeddings."""
         total, count, settings = 0.0, 0, DistillSettings(loss="kl")
         with torch.no_grad():
             for batch in text:

@@ -127,6 +127,11 @@ def _qbb(
     return Run(name, recipe, after=_refine(scale), sequences=sequences)
 
 
+def _paper(scale: Scale) -> Run:
+    """The paper's recipe as it is, with its filter."""
+    return _qbb(scale, "qbb", keep=scale.recipe("qbb").text.keep)
+
+
 def _components(scale: Scale) -> StudyPlan:
     best, alone = scale.recipe("best"), replace(scale.recipe("best"), sweep=None, distill=())
     fast = Run("fast", alone)
@@ -135,7 +140,7 @@ def _components(scale: Scale) -> StudyPlan:
     rows = {
         "greedy": Run("greedy", ModelRecipe("greedy", offset_up_to=0)),
         "+ refinement": _refine(scale),
-        "+ scales distilled (qbb)": _qbb(scale, "qbb", keep=scale.recipe("qbb").text.keep),
+        "+ scales distilled (qbb)": _paper(scale),
         "fast": fast,
         "sweep": sweep,
         "sweep + scales": Run("sweep-scales", replace(best, sweep=None, distill=(scales,)), after=sweep),
@@ -184,7 +189,9 @@ def _samples(scale: Scale) -> StudyPlan:
     for count in (n for n in COUNTS if 2 * n <= scale.learn):
         runs = [_qbb(scale, f"samples-{count}", sequences=count)]
         if scale.decoder:
-            runs.append(_qbb(scale, f"samples-{count}-filtered", keep=0.5, sequences=2 * count))
+            filtered = _qbb(scale, f"samples-{count}-filtered", keep=0.5, sequences=2 * count)
+            same = replace(filtered, name="qbb", sequences=None)  # of all the text
+            runs.append(same if 2 * count == scale.learn and same == _paper(scale) else filtered)
         rows.append((str(count), tuple(runs)))
     return StudyPlan(tuple(rows), _draw_samples)
 
@@ -217,7 +224,7 @@ def _starts(scale: Scale) -> StudyPlan:
     recipe = scale.recipe("gptq")
     gptq = Run("gptq", recipe)
     start = replace(_refine(scale), name="refine-gptq", instead=gptq)
-    distilled = _qbb(scale, "qbb", keep=scale.recipe("qbb").text.keep)
+    distilled = _paper(scale)
     rows = (
         ("the model's weights", (_refine(scale), distilled)),
         ("GPTQ's weights", (start, replace(distilled, name="qbb-gptq", after=start))),

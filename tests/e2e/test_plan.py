@@ -62,6 +62,10 @@ def test_what_the_export_would_refuse(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "only for recipes that learn" in capsys.readouterr().err
     assert cli.export_main([*arguments, "--include", "nothing"]) == 2
     assert "no such layer" in capsys.readouterr().err
+    assert cli.export_main([*arguments[:-1], "--json"]) == 2
+    assert "--plan" in capsys.readouterr().err
+    assert cli.export_main([*arguments, "--device", "cuda:99"]) == 2
+    assert "no such device" in capsys.readouterr().err
     (tmp_path / "m.onnx").touch()
     assert cli.export_main(arguments) == 2
     assert "--force" in capsys.readouterr().err
