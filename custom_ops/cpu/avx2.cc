@@ -49,14 +49,14 @@ struct Avx2 {
   static QBB_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) {
     return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
   }
-  template <int bit>
-  static QBB_INLINE __m256 half_with_sign(__m256i words, __m256 a) {  // -a where the bit is clear
-    const __m256 plus = _mm256_castsi256_ps(_mm256_slli_epi32(words, 31 - bit));
-    return _mm256_xor_ps(_mm256_andnot_ps(plus, _mm256_set1_ps(-0.0f)), a);
+  static QBB_INLINE Words shift_left(Words words) {
+    return {_mm256_slli_epi32(words.lo, 1), _mm256_slli_epi32(words.hi, 1)};
   }
-  template <int bit>
-  static QBB_INLINE Lanes with_sign(Words words, Lanes a) {
-    return {half_with_sign<bit>(words.lo, a.lo), half_with_sign<bit>(words.hi, a.hi)};
+  static QBB_INLINE __m256 half_with_top_sign(__m256i words, __m256 a) {  // -a where the top bit is clear
+    return _mm256_xor_ps(_mm256_andnot_ps(_mm256_castsi256_ps(words), _mm256_set1_ps(-0.0f)), a);
+  }
+  static QBB_INLINE Lanes with_top_sign(Words words, Lanes a) {
+    return {half_with_top_sign(words.lo, a.lo), half_with_top_sign(words.hi, a.hi)};
   }
 
   static QBB_INLINE __m256 signed_splat(const float* x, const uint32_t* sign) {

@@ -37,12 +37,11 @@ struct Avx512 {
   static QBB_INLINE Lanes mul(Lanes a, Lanes b) { return _mm512_mul_ps(a, b); }
 
   static QBB_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
-  template <int bit>
-  static QBB_INLINE Lanes with_sign(Words words, Lanes a) {  // -a where the bit is clear
-    const __m512i plus = _mm512_slli_epi32(words, 31 - bit);
-    constexpr int kXorWithMinus = 0xa6;  // (~plus & sign bit) ^ a
+  static QBB_INLINE Words shift_left(Words words) { return _mm512_slli_epi32(words, 1); }
+  static QBB_INLINE Lanes with_top_sign(Words words, Lanes a) {  // -a where the top bit is clear
+    constexpr int kXorWithMinus = 0xa6;                          // (~words & sign bit) ^ a
     return _mm512_castsi512_ps(
-        _mm512_ternarylogic_epi32(plus, _mm512_set1_epi32(INT32_MIN), _mm512_castps_si512(a), kXorWithMinus));
+        _mm512_ternarylogic_epi32(words, _mm512_set1_epi32(INT32_MIN), _mm512_castps_si512(a), kXorWithMinus));
   }
 
   static QBB_INLINE __m512 signed_splat(const float* x, __mmask16 plus) {

@@ -15,54 +15,29 @@ namespace {
 constexpr int kBlockWords = 4;  // words of K at a time: weights of two tiles take 16 KB, 128 rows of X 64 KB
 constexpr int kBlockInputs = kBlockWords * QBB_WORD_BITS;
 
-// Input i of a word is this bit of it (layout 1, format.h).
-constexpr int bit_of(int i) { return 8 * (i % 16 / 4) + i / 16 * 4 + i % 4; }
-
-// Floats of inputs i..31 of one word of one tile, `stride` floats apart.
-template <class V, int B, int i = 0>
-QBB_INLINE void expand_word(const typename V::Words* words, const typename V::Lanes* scales, const typename V::Lanes* z,
-                            float* out, int64_t stride) {
-  if constexpr (i < QBB_WORD_BITS) {
-    typename V::Lanes w = V::template with_sign<bit_of(i)>(words[0], scales[0]);
-    for (int b = 1; b < B; ++b) w = V::add(w, V::template with_sign<bit_of(i)>(words[b], scales[b]));
-    if (z != nullptr) w = V::add(w, *z);
-    V::store(out + i * stride, w);
-    expand_word<V, B, i + 1>(words, scales, z, out, stride);
-  }
-}
+// The input that a bit of a word stands for (layout 1, format.h).
+constexpr int input_of(int bit) { return bit / 8 * 4 + bit % 4 + bit / 4 % 2 * 16; }
 
 // Words first_word .. first_word + words of one tile as floats: [words * 32, stride].
-template <class V, int B>
-QBB_NOINLINE void expand_tile(const core::Tiled& w, int64_t tile, int64_t first_word, int words, float* out,
-                              int64_t stride) {
-  typename V::Lanes scales[B], z = V::zero();
-  for (int b = 0; b < B; ++b) scales[b] = z;
-  int64_t loaded = -1;
-  for (int i = 0; i < words; ++i) {
-    const int64_t group = (first_word + i) / w.group_words;
-    typename V::Words word[B] = {};
-    for (int b = 0; b < B; ++b) {
-      const int64_t at = b * w.tiles + tile;
-      word[b] = V::load_words(w.planes + (at * w.words + first_word + i) * kLanes);
-      if (group != loaded) scales[b] = load_scales<V>(w, (at * w.groups + group) * kLanes);
-    }
-    if (group != loaded && w.offset != nullptr) z = V::load(w.offset + (tile * w.groups + group) * kLanes);
-    loaded = group;
-    expand_word<V, B>(word, scales, w.offset == nullptr ? nullptr : &z, out + i * QBB_WORD_BITS * stride, stride);
-  }
-}
-
 template <class V>
-void expand(const core::Tiled& w, int64_t tile, int64_t first_word, int words, float* out, int64_t stride) {
-  switch (w.bases) {
-    case 1: return expand_tile<V, 1>(w, tile, first_word, words, out, stride);
-    case 2: return expand_tile<V, 2>(w, tile, first_word, words, out, stride);
-    case 3: return expand_tile<V, 3>(w, tile, first_word, words, out, stride);
-    case 4: return expand_tile<V, 4>(w, tile, first_word, words, out, stride);
-    case 5: return expand_tile<V, 5>(w, tile, first_word, words, out, stride);
-    case 6: return expand_tile<V, 6>(w, tile, first_word, words, out, stride);
-    case 7: return expand_tile<V, 7>(w, tile, first_word, words, out, stride);
-    default: return expand_tile<V, 8>(w, tile, first_word, words, out, stride);
+QBB_NOINLINE void expand(const core::Tiled& w, int64_t tile, int64_t first_word, int words, float* out,
+                         int64_t stride) {
+  for (int i = 0; i < words; ++i, out += QBB_WORD_BITS * stride) {
+    const int64_t group = (first_word + i) / w.group_words;
+    for (int64_t b = 0; b < w.bases; ++b) {
+      const int64_t at = b * w.tiles + tile;
+      const typename V::Lanes scale = load_scales<V>(w, (at * w.groups + group) * kLanes);
+      typename V::Words word = V::load_words(w.planes + (at * w.words + first_word + i) * kLanes);
+      for (int bit = QBB_WORD_BITS - 1; bit >= 0; --bit) {  // the bit of interest moves to the top
+        float* to = out + input_of(bit) * stride;
+        const typename V::Lanes weight = V::with_top_sign(word, scale);
+        V::store(to, b == 0 ? weight : V::add(V::load(to), weight));
+        word = V::shift_left(word);
+      }
+    }
+    if (w.offset == nullptr) continue;
+    const typename V::Lanes z = V::load(w.offset + (tile * w.groups + group) * kLanes);
+    for (int k = 0; k < QBB_WORD_BITS; ++k) V::store(out + k * stride, V::add(V::load(out + k * stride), z));
   }
 }
 

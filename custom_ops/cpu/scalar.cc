@@ -57,10 +57,14 @@ struct Scalar {
     for (int i = 0; i < kLanes; ++i) out.f[i] = std::fma(a.f[i], b.f[i], c.f[i]);
     return out;
   }
-  template <int bit>
-  static Lanes with_sign(const Words& words, const Lanes& a) {
+  static Words shift_left(const Words& words) {
+    Words out;
+    for (int i = 0; i < kLanes; ++i) out.u[i] = words.u[i] << 1;
+    return out;
+  }
+  static Lanes with_top_sign(const Words& words, const Lanes& a) {
     Lanes out;
-    for (int i = 0; i < kLanes; ++i) out.f[i] = (words.u[i] >> bit & 1u) != 0 ? a.f[i] : -a.f[i];
+    for (int i = 0; i < kLanes; ++i) out.f[i] = words.u[i] >> 31 != 0 ? a.f[i] : -a.f[i];
     return out;
   }
   static Lanes table(const float* x) {

@@ -27,6 +27,10 @@ from qbb_export.quantize.quantized import dequantize
 from qbb_export.quantize.recipes import as_stored
 from qbb_export.quantize.sweep import Codes
 
+# How far inside its cell a latent weight starts at least, as a share of the cell. A code that the sweep has chosen
+# against the weight itself would otherwise lie on the edge, and the first noise would undo it.
+_MARGIN = 0.25
+
 # The first number in a parameter's name is that of its block.
 _BLOCK = re.compile(r"^(.*?\.)?\d+\.")
 
@@ -198,7 +202,7 @@ class BinaryBases(nn.Module):
             edges = (values[..., 1:] + values[..., :-1]) * 0.5
             edges = torch.cat([values[..., :1] - step, edges, values[..., -1:] + step], dim=-1)
             low, high = edges.gather(-1, rank), edges.gather(-1, rank + 1)
-            inside = (high - low) * 1e-3  # on an edge the neighbour could win
+            inside = (high - low) * _MARGIN
             relative = (grouped / self.unit.unsqueeze(-1)).clamp(low + inside, high - inside)
             return self._flat(relative).contiguous()
 
