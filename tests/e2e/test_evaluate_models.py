@@ -52,7 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.save(str(hf / "tokenizer.json"))
     tokenizer.save(str(place / "tokenizer.json"))
-    for name, arguments in {"float": ("--recipe", "float"), "ours": ("--bases", "3", "--group-size", "32")}.items():
+    recipes = {"float": ("--recipe", "float"), "ours": ("--recipe", "fast", "--bases", "3", "--group-size", "32")}
+    for name, arguments in recipes.items():
         assert cli.export_main([str(hf), "-o", str(place / f"{name}.onnx"), "--no-verify", *arguments]) == 0
     four_bits(place / "float.onnx", place / "nbits.onnx")
     ids = np.random.default_rng(12).integers(0, WORDS, WINDOW * COUNT)

@@ -246,10 +246,11 @@ def test_a_future_format_is_refused_by_name(tmp_path, capsys):
 
 def test_disagreement_is_an_exit_code(tmp_path, monkeypatch, capsys):
     from qbb_export import verification
+    from qbb_export.cli.terminal import EXIT_DISAGREES
 
     monkeypatch.setattr(verification, "BODY_BOUND", 0.0)
     monkeypatch.setattr(verification, "run_file", lambda path, feeds, library: {"y": np.full((2, 24), float(library))})
-    assert export(onnx_model(tmp_path / "in.onnx"), "-o", tmp_path / "m.onnx", *SMALL) == cli.EXIT_DISAGREES
+    assert export(onnx_model(tmp_path / "in.onnx"), "-o", tmp_path / "m.onnx", *SMALL) == EXIT_DISAGREES
     assert "FAILED (y)" in capsys.readouterr().out
 
 
