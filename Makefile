@@ -27,8 +27,9 @@ help: ## list the commands
 demo: $(INSTALLED) ## export a real model, run it with and without our kernels, print the difference
 	$(PY) examples/minilm_demo.py
 
+# One thread a worker: PyTorch's own threads would wait for each other on cores that the other workers use.
 test: lint ## linters, types, layers, then all tests that need no GPU
-	$(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## linters, types and layers only
 	$(PY) -m ruff check .
