@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qbb_export.checkpoint import QuantizedCheckpoint
-from qbb_export.distill.settings import MODEL_RECIPES, LearningOptions, ModelRecipe
+from qbb_export.distill.settings import MODEL_RECIPES, LearningOptions, ModelRecipe, gptq_before
 from qbb_export.errors import QbbError
 from qbb_export.passes.linears import Linear
 from qbb_export.quantize import RECIPES, Quantized, QuantizeSettings, dequantize
@@ -28,6 +28,36 @@ def can_learn(model: TorchModel | None) -> bool:
     return model is not None and model.pretrained and model.module.main_input_name == "input_ids"
 
 
+def default_recipe(model: TorchModel | None) -> str:
+    """Of a model, or of an .onnx file."""
+    return "best" if can_learn(model) else "fast"
+
+
+def check_can_learn(model: TorchModel | None, recipe: str, source: str) -> TorchModel:
+    """The model, if ``recipe`` can be run on it.
+
+    Raises:
+        QbbError: it cannot.
+    """
+    if model is None or not can_learn(model):
+        raise QbbError(
+            "this recipe needs a transformers model that takes token ids",
+            where=f"--recipe {recipe}",
+            expected=f"--recipe {' or '.join(RECIPES)} for {source}",
+        )
+    return model
+
+
+def targets_of(linears: Sequence[Linear], chosen: Mapping[str, QuantizeSettings]) -> list[Target]:
+    """Layers as the recipes that learn know them, one for each weight."""
+    from qbb_export.distill.student import Target
+
+    return [
+        Target(linear.name, linear.weight.name or "", not linear.transposed, chosen[linear.name])
+        for linear in {linear.name: linear for linear in linears}.values()
+    ]
+
+
 def learn(
     model: TorchModel,
     linears: Sequence[Linear],
@@ -42,7 +72,7 @@ def learn(
 
     Args:
         model: the float model.
-        linears: its layers, one entry for each weight.
+        linears: its layers.
         chosen: settings by layer.
         recipe: its name.
         options: changes to it.
@@ -58,15 +88,12 @@ def learn(
     """
     from qbb_export.distill.ranks import Ranks
     from qbb_export.distill.run import Work, run_recipe
-    from qbb_export.distill.student import Target
     from qbb_export.module import to_device
 
     if recipe not in MODEL_RECIPES:
         raise QbbError("unknown recipe", where="--recipe", expected=f"one of {', '.join(RECIPE_NAMES)}", got=recipe)
     plan = options.apply(recipe, device)
-    targets = [
-        Target(linear.name, linear.weight.name or "", not linear.transposed, chosen[linear.name]) for linear in linears
-    ]
+    targets = targets_of(linears, chosen)
     place = Ranks.device(device)
     to_device(np.zeros(1, dtype=np.float32), place)  # no such device: told before anything is done
     ranks = Ranks.of_environment(place)
@@ -105,12 +132,9 @@ def _start_from(
     if start != "gptq":
         checkpoint = QuantizedCheckpoint.open(Path(start))
         return checkpoint.weight
-    from dataclasses import replace
-
     from qbb_export.distill.run import Work, run_recipe
 
-    gptq = replace(MODEL_RECIPES["gptq"], text=replace(plan.text, keep=1.0))
-    work = Work(model, targets, gptq, record.branch("gptq"), device, tell, ranks=ranks)
+    work = Work(model, targets, gptq_before(plan), record.branch("gptq"), device, tell, ranks=ranks)
     names = {t.parameter: t.name for t in targets}
     layers = run_recipe(work)
     return lambda parameter: dequantize(layers[names[parameter]])

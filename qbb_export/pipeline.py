@@ -17,7 +17,7 @@ from qbb_export.distill.settings import MODEL_RECIPES, LearningOptions
 from qbb_export.errors import QbbError
 from qbb_export.files import write_whole
 from qbb_export.format import LAYOUT_TILED, Spec, bits_per_weight, to_layout
-from qbb_export.learning import can_learn, learn
+from qbb_export.learning import check_can_learn, default_recipe, learn
 from qbb_export.passes.binarize import BinarizeLinears, PackedLayer
 from qbb_export.passes.function_body import AttachFunctionBody, binary_basis_nodes
 from qbb_export.passes.linears import Linear, find_linears
@@ -139,7 +139,7 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
     tell("reading the model", 1, 1)
     prepare_passes()(model)
     VerifyBinaryBasis()(model)  # what would be refused at the end is refused before the work
-    recipe = options.recipe or ("best" if can_learn(torch_model) else "fast")
+    recipe = options.recipe or default_recipe(torch_model)
     if not first and recipe not in MODEL_RECIPES:
         return ExportReport(output, 0, 0, 0, (), ())  # nothing to share
     if recipe == "float":
@@ -157,16 +157,9 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
             with Record.open(record_path, recipe=recipe, settings=options.settings) as record:
                 layers = _quantize_all(linears, chosen, replace(options, recipe=recipe), record, tell)
         else:
-            owners_of = {linear.name: linear for linear in linears}
-            if torch_model is None or not can_learn(torch_model):
-                raise QbbError(
-                    "this recipe needs a transformers model that takes token ids",
-                    where=f"--recipe {recipe}",
-                    expected=f"--recipe {' or '.join(RECIPES)} for {source}",
-                )
             record, quantized = learn(
-                torch_model,
-                list(owners_of.values()),
+                check_can_learn(torch_model, recipe, source),
+                linears,
                 chosen,
                 recipe,
                 options.learning,

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Final
 
 from qbb_export import artifact
 from qbb_export.distill.cost import Matrix, Need, needs, start_need
-from qbb_export.distill.settings import MODEL_RECIPES, ModelRecipe
+from qbb_export.distill.settings import ModelRecipe, gptq_before
 from qbb_export.distill.timing import seconds_at
-from qbb_export.errors import QbbError
-from qbb_export.learning import can_learn
+from qbb_export.learning import check_can_learn, default_recipe, targets_of
 from qbb_export.opening import OpenModel, largest_of, matrices_of, open_model
 from qbb_export.passes.linears import Linear
 from qbb_export.pipeline import ExportOptions
@@ -116,7 +115,7 @@ def make_plan(source: str, output: Path, options: ExportOptions) -> Plan:
     model = open_model(source, options.load, options.selection, options.settings)
     base = _resident()
     read = Stage("read the model", base, 0, 0, 0, time.perf_counter() - began)
-    recipe = options.recipe or ("best" if can_learn(model.torch_model) else "fast")
+    recipe = options.recipe or default_recipe(model.torch_model)
     found, matrices = _needs(model, recipe, options, source)
     cuda = options.device != "cpu"
     size = sum(matrix.packed for matrix in matrices) + _rest(model, model.linears if matrices else ())
@@ -137,15 +136,11 @@ def _needs(model: OpenModel, recipe: str, options: ExportOptions, source: str) -
         options.learning.refuse(recipe)
         matrices = matrices_of(model, OFFSET_DEFAULTS.get(recipe, 0))
         return [_weights_need(model, matrices, recipe, options.device)], matrices
-    loaded = model.torch_model
-    if loaded is None or not can_learn(loaded):
-        what, expected = "this recipe needs a transformers model that takes token ids", " or ".join(RECIPES)
-        raise QbbError(what, where=f"--recipe {recipe}", expected=f"--recipe {expected} for {source}")
+    loaded = check_can_learn(model.torch_model, recipe, source)
     chosen, device = options.learning.apply(recipe, options.device), options.device
     found, matrices = _recipe_needs(model, loaded, chosen, device)
     if options.learning.start == "gptq":
-        gptq = replace(MODEL_RECIPES["gptq"], text=replace(chosen.text, keep=1.0))
-        before, _ = _recipe_needs(model, loaded, gptq, device)
+        before, _ = _recipe_needs(model, loaded, gptq_before(chosen), device)
         found = [*(replace(need, stage=f"gptq: {need.stage}") for need in before), *found]
     return found, matrices
 
@@ -205,12 +200,12 @@ def _recipe_needs(
     model: OpenModel, loaded: TorchModel, recipe: ModelRecipe, device: str
 ) -> tuple[list[Need], list[Matrix]]:
     """The stages of a recipe that learns."""
-    from qbb_export.distill.student import Target, block_of
+    from qbb_export.distill.student import block_of
     from qbb_export.distill.trials import model_facts, try_speeds
 
     matrices = matrices_of(model, recipe.offset_up_to, block_of)
     facts = model_facts(loaded.module, recipe, device)
     largest = largest_of(model.linears)
     settings = replace(model.chosen[largest.name], offset=matrices[model.linears.index(largest)].offset)
-    target = Target(largest.name, largest.weight.name or "", not largest.transposed, settings)
+    [target] = targets_of([largest], {largest.name: settings})
     return needs(facts, matrices, recipe, try_speeds(loaded.module, target, recipe, facts, device)), matrices

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=version("qbb-export"))
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=Parser)
     export.add_arguments(verbs.add_parser("export", help="quantise a model and write it as ONNX (same as qbb-export)"))
-    evaluate.add_arguments(verbs.add_parser("eval", help="perplexity of a language model on a text"))
+    evaluate.add_arguments(verbs.add_parser("eval", help="compare models on a text: perplexity, KL, embeddings"))
     report.add_arguments(verbs.add_parser("report", help="one page that shows what a record holds, and JSON"))
     study.add_arguments(verbs.add_parser("study", help="the QBB paper's figures for a model, kept in a record"))
     library = verbs.add_parser("library", help="print the path for RegisterCustomOpsLibrary")

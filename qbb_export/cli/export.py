@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--offset",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="one more number per group, that shifts its levels (default: on up to 3 bases)",
+        help="one more number per group, that shifts its levels (default: as the recipe has it)",
     )
     quantize.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where PyTorch sees one)")
     learning = parser.add_argument_group("learning (recipes best and qbb)")

@@ -16,7 +16,7 @@ from qbb_export.distill.settings import DistillSettings
 from qbb_export.distill.student import Target
 from qbb_export.distill.text import Tokens
 from qbb_export.distill.train import micro_batches
-from qbb_export.quantize import Quantized, dequantize
+from qbb_export.quantize import Quantized
 
 
 class MeasuredModel:
@@ -37,13 +37,12 @@ class MeasuredModel:
     def put(self, layers: Mapping[str, Quantized] | None) -> None:
         """Take in layers by name; None: the float model's own."""
         for target in self._targets:
-            parameter = self._model.get_parameter(target.parameter)
+            if layers is not None:
+                target.put(self._model, layers[target.name])
+                continue
             with torch.no_grad():
-                if layers is None:
-                    parameter.copy_(self._teacher.get_parameter(target.parameter))
-                else:
-                    dense = torch.from_numpy(dequantize(layers[target.name]))
-                    parameter.copy_(dense.T if target.transposed else dense)
+                parameter = self._model.get_parameter(target.parameter)
+                parameter.copy_(self._teacher.get_parameter(target.parameter))
 
     def distance(self, text: Sequence[Tokens]) -> float:
         """Mean over tokens, 0 or more: KL(float model || this one) in nats, or the distance of embeddings."""

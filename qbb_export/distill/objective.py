@@ -50,6 +50,11 @@ def vocabulary_size(model: nn.Module) -> int:
     return int(text_config(model).vocab_size)
 
 
+def writes_text(model: nn.Module) -> bool:
+    """Whether a transformers model is a decoder that generates; inputs of all others are made up."""
+    return bool(getattr(model, "can_generate", lambda: False)())
+
+
 def run(model: nn.Module, ids: torch.Tensor, *, blocks: bool = False) -> Outputs:
     """Run a transformers model on token ids ``[batch, sequence]``."""
 

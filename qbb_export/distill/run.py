@@ -18,7 +18,7 @@ from torch import nn
 
 from qbb_export.distill import text as texts
 from qbb_export.distill.filter import most_different
-from qbb_export.distill.objective import vocabulary_size
+from qbb_export.distill.objective import vocabulary_size, writes_text
 from qbb_export.distill.ranks import ALONE, Ranks
 from qbb_export.distill.settings import DistillSettings, ModelRecipe
 from qbb_export.distill.student import Student, Target
@@ -76,7 +76,7 @@ class Work:
         self.targets = [
             replace(t, settings=replace(t.settings, offset=_with_offset(t, self.recipe))) for t in self.targets
         ]
-        self.decoder = bool(getattr(self.model, "can_generate", lambda: False)())
+        self.decoder = writes_text(self.model)
         self.vocabulary = Vocabulary.of(self.loaded.tokenizer, vocabulary_size(self.model))
         self._digest = self._everything()
 
@@ -159,7 +159,7 @@ def _start(work: Work) -> dict[str, Quantized]:
     """Each matrix from its weights alone, shared out over the processes."""
     if work.start is not None:
         return dict(work.start)
-    record, total, done = work.record.stage("start"), 0, 0
+    record, done = work.record.stage("start"), 0
     sizes = [work.model.get_parameter(t.parameter).numel() for t in work.targets]
     total = sum(sizes)
     mine = work.ranks.share(work.targets, sizes)
@@ -223,7 +223,7 @@ def learning_text(work: Work) -> tuple[list[Tokens], list[Tokens]]:
 
 def _calibration(work: Work, length: int) -> list[Tokens]:
     assert work.calibration is not None
-    return [texts.read_text(work.calibration, work.loaded.tokenizer, length)]
+    return [texts.read_sequences(work.calibration, work.loaded.tokenizer, length)]
 
 
 def _sweep(work: Work, start: Mapping[str, Quantized], text: Sequence[Tokens]) -> dict[str, Quantized]:

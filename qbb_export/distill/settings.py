@@ -165,6 +165,11 @@ MODEL_RECIPES: Final[Mapping[str, ModelRecipe]] = MappingProxyType(
 )
 
 
+def gptq_before(recipe: ModelRecipe) -> ModelRecipe:
+    """The run whose result ``--start gptq`` approximates: with the budget of the recipe that follows."""
+    return replace(MODEL_RECIPES["gptq"], text=replace(recipe.text, keep=1.0))
+
+
 @dataclass(frozen=True)
 class LearningOptions:
     """What a user may change about a recipe that learns.

@@ -56,6 +56,12 @@ class Target:
         weight = model.get_parameter(self.parameter).detach().to(torch.float32, copy=True)
         return weight.T.contiguous() if self.transposed else weight
 
+    def put(self, model: nn.Module, layer: Quantized) -> None:
+        """Overwrite the parameter of a model by what a quantised matrix stands for."""
+        dense = torch.from_numpy(dequantize(layer))
+        with torch.no_grad():
+            model.get_parameter(self.parameter).copy_(dense.T if self.transposed else dense)
+
 
 def to_codes(layer: Quantized, device: torch.device | str) -> Codes:
     """A stored matrix as codes on a device."""

@@ -21,7 +21,6 @@ from qbb_export.distill.settings import SweepSettings
 from qbb_export.distill.student import Target, block_of, to_codes, to_quantized
 from qbb_export.distill.text import Tokens, precision
 from qbb_export.quantize import Quantized
-from qbb_export.quantize.quantized import dequantize
 from qbb_export.quantize.recipes import as_stored
 from qbb_export.quantize.sweep import Codes, damped, descend, keep_better, refit_levels, sweep
 
@@ -117,10 +116,7 @@ class SweptModel:
 
     def replace(self, target: Target, layer: Quantized) -> None:
         """Put a quantised matrix in its place."""
-        parameter = self._model.get_parameter(target.parameter)
-        dense = torch.from_numpy(dequantize(layer))
-        with torch.no_grad():
-            parameter.copy_(dense.T if target.transposed else dense)
+        target.put(self._model, layer)
 
     def weight(self, target: Target) -> torch.Tensor:
         """The float matrix ``[N, K]``."""

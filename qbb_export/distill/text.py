@@ -18,6 +18,7 @@ from torch import nn
 from qbb_export.distill.objective import text_config
 from qbb_export.distill.settings import TextSettings
 from qbb_export.errors import QbbError
+from qbb_export.tokens import open_tokenizer, read_text, token_ids
 
 Tokens = npt.NDArray[np.int64]
 Progress = Callable[[int, int], None]
@@ -51,26 +52,17 @@ class Vocabulary:
         """From a tokenizer.json; without one, all ids below ``size`` are ordinary."""
         if tokenizer is None:
             return Vocabulary(np.arange(size))
-        from tokenizers import Tokenizer
-
-        try:
-            encoder = Tokenizer.from_file(str(tokenizer))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise QbbError("cannot read the tokenizer", where=tokenizer, got=error) from error
+        encoder = open_tokenizer(tokenizer)
         added = json.loads(encoder.to_str()).get("added_tokens", [])
         special = {item["id"] for item in added if item.get("special")}
         known = sorted(i for i in encoder.get_vocab(with_added_tokens=True).values() if i < size and i not in special)
-        encoder.no_truncation()
-        encoder.no_padding()
         template = encoder.encode("a")
         inside = [i for i, mark in enumerate(template.special_tokens_mask) if not mark] or [len(template.ids)]
         return Vocabulary(
             np.asarray(known or range(size), dtype=np.int64),
             tuple(template.ids[: inside[0]]),
             tuple(template.ids[inside[-1] + 1 :]),
-            encoder.token_to_id("[MASK]")
-            if encoder.token_to_id("[MASK]") is not None
-            else encoder.token_to_id("<mask>"),
+            next((i for i in map(encoder.token_to_id, ("[MASK]", "<mask>")) if i is not None), None),
         )
 
 
@@ -139,17 +131,20 @@ def write_text(
 
 def batch_size(model: nn.Module, settings: TextSettings) -> int:
     """Sequences written at once: as many as the keys and values leave room for."""
-    config = text_config(model)
     device = next(model.parameters()).device
-    length = context_length(model, settings.length)
-    layers = getattr(config, "num_hidden_layers", 1)
-    width = getattr(config, "hidden_size", 1024)
-    heads = getattr(config, "num_attention_heads", 1)
-    shared = getattr(config, "num_key_value_heads", None) or heads
-    each = 2 * layers * length * width * shared // heads * (2 if device.type == "cuda" else 4)
+    number = 2 if device.type == "cuda" else 4  # bytes
+    each = context_length(model, settings.length) * cached_numbers(model) * number
     # 2x: the cache is copied when it grows.
     memory = torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else _CACHE_BYTES
     return max(1, min(settings.sequences, 4096, memory // (2 * each)))
+
+
+def cached_numbers(model: nn.Module) -> int:
+    """Keys and values of one token in all layers, as its configuration tells."""
+    config = text_config(model)
+    heads = getattr(config, "num_attention_heads", 1)
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    return int(2 * getattr(config, "num_hidden_layers", 1) * getattr(config, "hidden_size", 1024) * shared // heads)
 
 
 def batch_count(model: nn.Module, settings: TextSettings) -> int:
@@ -201,24 +196,15 @@ def make_inputs(vocabulary: Vocabulary, settings: TextSettings, context: int, to
     return batches
 
 
-def read_text(file: Path, tokenizer: Path | None, length: int) -> Tokens:
+def read_sequences(file: Path, tokenizer: Path | None, length: int) -> Tokens:
     """A text file as int64 ``[sequences, length]``; a shorter rest is left out.
 
     Raises:
         QbbError: no tokenizer, no UTF-8, or less than one sequence.
     """
-    from tokenizers import Tokenizer
-
     if tokenizer is None:
         raise QbbError("the model has no tokenizer.json to read a text with", where=f"--calibration {file}")
-    try:
-        content = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise QbbError("cannot read the text", where=file, expected="a UTF-8 file", got=error) from error
-    encoder = Tokenizer.from_file(str(tokenizer))
-    encoder.no_truncation()
-    encoder.no_padding()
-    ids = np.asarray(encoder.encode(content, add_special_tokens=False).ids, dtype=np.int64)
+    ids = token_ids(read_text(file), tokenizer)
     if len(ids) < length:
         raise QbbError("text is shorter than a sequence", where=file, expected=f">= {length} tokens", got=len(ids))
     return ids[: len(ids) // length * length].reshape(-1, length)

@@ -11,7 +11,7 @@ from torch import nn
 
 from qbb_export.distill import text as texts
 from qbb_export.distill.cost import ModelFacts, Speeds
-from qbb_export.distill.objective import distance, run, text_config, vocabulary_size
+from qbb_export.distill.objective import distance, run, text_config, vocabulary_size, writes_text
 from qbb_export.distill.settings import DistillSettings, ModelRecipe, SweepSettings, TextSettings
 from qbb_export.distill.student import BinaryBases, Target, to_codes
 from qbb_export.distill.sweeps import sweep_layers
@@ -44,12 +44,8 @@ def model_facts(model: nn.Module, recipe: ModelRecipe, device: str) -> ModelFact
     """
     to_device(np.zeros(1), device)
     there = _StandIn(model, device)
-    config = text_config(model)
-    heads = getattr(config, "num_attention_heads", 1)
-    shared = getattr(config, "num_key_value_heads", None) or heads
-    layers = getattr(config, "num_hidden_layers", 1)
     parameters = list(model.parameters())
-    decoder = bool(getattr(model, "can_generate", lambda: False)())
+    decoder = writes_text(model)
     length = texts.context_length(model, recipe.text.length if decoder else _LONGEST_INPUT)
     rows = max([recipe.text.validation, *(d.batch for d in recipe.distill)])
     batch = np.zeros((rows if decoder else max(1, rows * recipe.text.length // length), length), dtype=np.int64)
@@ -62,8 +58,8 @@ def model_facts(model: nn.Module, recipe: ModelRecipe, device: str) -> ModelFact
         length=length,
         rows_at_once=len(micro_batch),
         written_at_once=texts.batch_size(there, recipe.text),
-        cached=2 * layers * getattr(config, "hidden_size", 1024) * shared // heads,
-        layers=layers,
+        cached=texts.cached_numbers(model),
+        layers=getattr(text_config(model), "num_hidden_layers", 1),
         cuda=torch.device(device).type == "cuda",
     )
 

@@ -19,7 +19,8 @@ from qbb_export.evaluate.results import (
 )
 from qbb_export.evaluate.runners import Array, Ids, Runner, open_runner
 from qbb_export.evaluate.sizes import bits_per_weight, file_bytes
-from qbb_export.evaluate.text import encode_alike, given_tokenizer, read_text, sentence_ids, windows
+from qbb_export.evaluate.text import encode_alike, given_tokenizer, sentence_ids, windows
+from qbb_export.tokens import read_text
 
 __all__ = ["EncoderResult", "LanguageResult", "evaluate", "kl_and_nll", "mean_interval", "perplexity", "token_nll"]
 

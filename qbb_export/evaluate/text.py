@@ -4,29 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qbb_export.errors import QbbError
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from qbb_export.tokens import open_tokenizer, token_ids
 
 Ids = npt.NDArray[np.int64]
-
-
-def read_text(text: Path) -> str:
-    """A whole file.
-
-    Raises:
-        QbbError: it is missing or no UTF-8.
-    """
-    try:
-        return text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise QbbError("cannot read the text", where=text, expected="a UTF-8 file", got=error) from error
 
 
 def tokenizer_beside(model: Path) -> Path | None:
@@ -55,8 +41,7 @@ def windows(content: str, tokenizer: Path, window: int) -> list[Ids]:
     Raises:
         QbbError: the tokenizer cannot be read, or the text is shorter than a window.
     """
-    encoder = _open(tokenizer)
-    ids = np.asarray(encoder.encode(content, add_special_tokens=False).ids, dtype=np.int64)
+    ids = token_ids(content, tokenizer)
     if len(ids) < window:
         raise QbbError("text is shorter than a window", where="--text", expected=f">= {window} tokens", got=len(ids))
     count = len(ids) // window
@@ -69,22 +54,9 @@ def sentence_ids(lines: Sequence[str], tokenizer: Path, window: int) -> list[Ids
     Raises:
         QbbError: the tokenizer cannot be read.
     """
-    encoder = _open(tokenizer)
+    encoder = open_tokenizer(tokenizer)
     encoder.enable_truncation(max_length=window)
     return [np.asarray([encoding.ids], dtype=np.int64) for encoding in encoder.encode_batch(list(lines))]
-
-
-def _open(file: Path) -> Tokenizer:
-    """A tokenizer without the padding and truncation that its file may ask for."""
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise QbbError("cannot read the tokenizer", where=file, got=error) from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def encode_alike(tokenizers: Sequence[Path], encode: Callable[[Path], list[Ids]]) -> list[Ids]:

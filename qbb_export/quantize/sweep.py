@@ -131,7 +131,7 @@ def sweep(weights: Any, hessian: Any, start: Codes, *, act_order: bool = True) -
     xp = array_namespace(weights)
     K = weights.shape[1]
     diagonal = xp.linalg.diagonal(hessian)
-    order = xp.argsort(-diagonal if act_order else diagonal * 0, stable=True)
+    order = xp.argsort(-diagonal, stable=True) if act_order else xp.arange(K, device=weights.device)
     columns = [int(c) for c in order]
     factor = xp.astype(inverse_factor(xp, hessian[order, :][:, order]), weights.dtype)
     factor = factor / xp.linalg.diagonal(factor)[:, None]  # each error is passed on in units of itself

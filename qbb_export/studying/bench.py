@@ -12,19 +12,22 @@ import numpy as np
 
 from qbb_export.distill.cost import needs
 from qbb_export.distill.measure import MeasuredModel
+from qbb_export.distill.objective import writes_text
 from qbb_export.distill.run import Work, learning_text, run_recipe
 from qbb_export.distill.student import Target, block_of
 from qbb_export.distill.text import Tokens, context_length
 from qbb_export.distill.trials import model_facts, try_speeds
 from qbb_export.errors import QbbError
 from qbb_export.evaluate.metrics import token_nll
-from qbb_export.evaluate.text import read_text, windows
+from qbb_export.evaluate.text import windows
 from qbb_export.format import bits_per_weight
+from qbb_export.learning import targets_of
 from qbb_export.module import to_device
 from qbb_export.opening import OpenModel, largest_of, matrices_of
 from qbb_export.quantize import Quantized, dequantize
 from qbb_export.record import Record
 from qbb_export.studying.runs import ALL, Measured, Run, Scale
+from qbb_export.tokens import read_text
 
 if TYPE_CHECKING:
     from qbb_export.studying import Progress, StudyOptions
@@ -66,10 +69,7 @@ class Bench:
         to_device(np.zeros(1), options.device)
         self._model, self._loaded, self._record, self._options = model, model.torch_model, record, options
         self._tell = tell
-        self._targets = [
-            Target(linear.name, linear.weight.name or "", not linear.transposed, model.chosen[linear.name])
-            for linear in model.linears
-        ]
+        self._targets = targets_of(model.linears, model.chosen)
         small = options.device == "cpu"
         self.scale = Scale(
             steps=options.steps_here,
@@ -77,7 +77,7 @@ class Bench:
             validation=16 if small else 64,
             held_out=32 if small else 128,
             reduced=small,
-            decoder=bool(getattr(self._loaded.module, "can_generate", lambda: False)()),
+            decoder=writes_text(self._loaded.module),
             bases=options.settings.bases,
         )
         self._windows = self._read_windows()
@@ -199,7 +199,7 @@ class Bench:
             facts = model_facts(self._loaded.module, run.recipe, self._options.device)
             offset = matrices[self._model.linears.index(largest)].offset
             settings = replace(self._model.chosen[largest.name], offset=offset)
-            target = Target(largest.name, largest.weight.name or "", not largest.transposed, settings)
+            [target] = targets_of([largest], {largest.name: settings})
             if speeds is None:
                 full = replace(run.recipe, sweep=self.scale.recipe("best").sweep)
                 speeds = try_speeds(self._loaded.module, target, full, facts, self._options.device)

@@ -14,7 +14,7 @@ from torch import nn  # noqa: E402
 
 from qbb_export.distill import text as texts  # noqa: E402
 from qbb_export.distill.settings import TextSettings  # noqa: E402
-from qbb_export.distill.text import Vocabulary, make_inputs, read_text, write_text  # noqa: E402
+from qbb_export.distill.text import Vocabulary, make_inputs, read_sequences, write_text  # noqa: E402
 from qbb_export.errors import QbbError  # noqa: E402
 from qbb_export.load import load_torch  # noqa: E402
 from qbb_export.source import LoadOptions  # noqa: E402
@@ -151,13 +151,13 @@ def test_a_text_file_in_sequences(tmp_path: Path) -> None:
     words = tokenizer(tmp_path, "[CLS]", "[SEP]")
     file = tmp_path / "text.txt"
     file.write_text("a b c d e f a b " * 3)
-    found = read_text(file, words, 10)  # neither special tokens nor the file's truncation and padding
+    found = read_sequences(file, words, 10)  # neither special tokens nor the file's truncation and padding
     assert found.tolist() == [[5 + i % 8 % 6 for i in range(10)], [5 + i % 8 % 6 for i in range(10, 20)]]
     for name, size, message in (("text.txt", 25, ">= 25 tokens; got 24"), ("none.txt", 4, "cannot read the text")):
         with pytest.raises(QbbError, match=message):
-            read_text(tmp_path / name, words, size)
+            read_sequences(tmp_path / name, words, size)
     with pytest.raises(QbbError, match=r"no tokenizer\.json"):
-        read_text(file, None, 4)
+        read_sequences(file, None, 4)
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(QbbError, match="expected a UTF-8 file"):
-        read_text(file, words, 4)
+        read_sequences(file, words, 4)
