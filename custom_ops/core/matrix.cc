@@ -1,5 +1,6 @@
 #include "core/matrix.h"
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <new>
@@ -35,6 +36,17 @@ void tile_rows(const void* from, T* to, int64_t count, const Spec& s, int64_t de
       }
     }
   }
+}
+
+std::vector<Segment> segments_of(const Spec& s, int64_t group_words) {
+  std::vector<Segment> segments;
+  for (int64_t w = 0; w < s.words;) {
+    const int64_t group = w / group_words;
+    const int64_t end = std::min({(w / kSegmentWords + 1) * kSegmentWords, (group + 1) * group_words, s.words});
+    segments.push_back(Segment{w, static_cast<int>(end - w), group});
+    w = end;
+  }
+  return segments;
 }
 
 bool misaligned(const void* p, size_t size) { return reinterpret_cast<uintptr_t>(p) % size != 0; }
@@ -118,18 +130,22 @@ Matrix::Matrix(const qbb_matrix& m) {
     }
   }
 
+  const int64_t group_words = s.group_size == s.K ? s.words : s.group_size / QBB_WORD_BITS;
+  segments_ = segments_of(s, group_words);
   tiled_ = Tiled{s.K,
                  s.N,
                  s.bases,
                  s.words,
                  s.groups,
                  s.tiles,
-                 s.group_size == s.K ? s.words : s.group_size / QBB_WORD_BITS,
+                 group_words,
                  static_cast<const uint32_t*>(planes),
                  scales,
                  scale_size == 2,
                  static_cast<const float*>(offset),
-                 static_cast<const float*>(bias)};
+                 static_cast<const float*>(bias),
+                 segments_.data(),
+                 static_cast<int64_t>(segments_.size())};
 }
 
 }  // namespace qbb::core

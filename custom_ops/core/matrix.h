@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "core/spec.h"
 #include "core/tiled.h"
@@ -24,6 +25,7 @@ class Matrix {
   static Buffer allocate(int64_t bytes);
 
   Buffer planes_, scales_, offset_, bias_;  // empty where the caller's memory is used
+  std::vector<Segment> segments_;
   Tiled tiled_{};
 };
 

@@ -106,9 +106,10 @@ QBB_NOINLINE void run_many_rows(const Block& k) {
   }
 }
 
+// The function of cpu/<isa>.cc.
 template <class V>
-QBB_INLINE void run(const Block& k) {
-  if (k.many_rows) {
+QBB_INLINE void run_floats(const Block& k) {
+  if (k.path == Path::kFloatProduct) {
     run_many_rows<V>(k);
   } else {
     run_block<V>(k);
