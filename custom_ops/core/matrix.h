@@ -18,6 +18,7 @@ class Matrix {
 
  private:
   struct Free {
+    bool huge = false;  // allocated at huge pages
     void operator()(void* p) const;
   };
   using Buffer = std::unique_ptr<void, Free>;

@@ -21,6 +21,7 @@ struct Avx2 {
     __m256i lo, hi;
   };
   static constexpr int kMaxRows = 2;
+  static constexpr int kExpandBases = 2;
   static constexpr int kMaxBases = 1;
   static constexpr int kProductRows = 6, kProductTiles = 1;  // 12 sums, 2 weights and an input of 16 registers
 

@@ -15,6 +15,7 @@ struct Scalar {
     uint32_t u[kLanes];
   };
   static constexpr int kMaxRows = 1;
+  static constexpr int kExpandBases = 1;
   static constexpr int kMaxBases = 1;
   static constexpr int kProductRows = 1, kProductTiles = 1;
 
