@@ -59,7 +59,7 @@ bool misaligned(const void* p, size_t size) { return reinterpret_cast<uintptr_t>
 
 }  // namespace
 
-void Matrix::Free::operator()(void* p) const {
+void Free::operator()(void* p) const {
   ::operator delete(p, huge ? std::align_val_t{kHugePage} : kAlignment);
 }
 

@@ -10,6 +10,11 @@
 
 namespace qbb::core {
 
+struct Free {
+  bool huge = false;  // allocated at a huge page
+  void operator()(void* p) const;
+};
+
 class Matrix {
  public:
   explicit Matrix(const qbb_matrix& matrix);  // throws core::Error, std::bad_alloc
@@ -17,10 +22,6 @@ class Matrix {
   const Tiled& tiled() const { return tiled_; }
 
  private:
-  struct Free {
-    bool huge = false;  // allocated at huge pages
-    void operator()(void* p) const;
-  };
   using Buffer = std::unique_ptr<void, Free>;
 
   static Buffer allocate(int64_t bytes);
