@@ -105,14 +105,15 @@ class OnnxRunner(Runner):
     Args:
         path: the file.
         library: False runs the function body instead of our kernel.
+        options: ``onnxruntime.SessionOptions``, for the number of threads and the like.
 
     Raises:
         QbbError: ONNX Runtime cannot open it, or it has inputs that cannot be made up from token ids.
     """
 
-    def __init__(self, path: Path, *, library: bool = True) -> None:
+    def __init__(self, path: Path, *, library: bool = True, options: Any = None) -> None:
         self.source = str(path)
-        self._session = ort.session(path, library=library)
+        self._session = ort.session(path, library=library, options=options)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         names = [value.name for value in inputs]
         if "input_ids" not in names:
