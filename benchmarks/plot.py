@@ -20,7 +20,7 @@ def draw(axes: Any, xs: list[float], ys: list[float], label: str, style: dict[st
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Left: time against bases at the largest shape. Right: against K·N at the largest number of bases but for 4.
+    """Left: time against bases at the largest shape. Right: against K·N, at 3 bases where measured.
 
     Smallest batch and fewest threads of the rows. With fewer than three points there is no line.
     """
@@ -50,7 +50,7 @@ def plot(rows: list[Row], path: Path) -> None:
         draw(right, [area(row) / 2**20 for row in line], [row.median_ms for row in line], mode, style)
     left.set_xlabel(f"bases, at {shape.replace('x', ' × ')}")
     left.set_xticks(widths)
-    right.set_xlabel(f"weights (millions of 2²⁰), {bases} bases")
+    right.set_xlabel(f"K·N in units of 2²⁰, {bases} bases")
     for axes in (left, right):
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)

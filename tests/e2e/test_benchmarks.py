@@ -83,3 +83,50 @@ def test_tokens(tmp_path: Path) -> None:
     assert sorted(row["tokens"] for row in rows) == [1, 1, 8, 8]
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(1e3 * row["tokens"] / row["median_ms"])
+
+
+def test_ratios_and_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import claims
+    import timing
+    from contenders import Kind
+    from results import Row
+
+    def row(kind: Kind, batch: int, ms: float, gbps: float = 1.0) -> Row:
+        return Row(kind, "64x64", batch, 1, ms, gbps, 30.0, 40, 40)
+
+    rows = [
+        row(Kind("fp32", 32, block_size=0), 1, 8.0),
+        row(Kind("fp32", 32, block_size=0), 128, 10.0),
+        row(Kind("MatMulNBits", 4, "int8", 128, 4), 1, 0.5),
+        row(Kind("MatMulNBits", 4, "int8", 32, 4), 1, 0.25),  # not what block 128 is compared with
+        row(Kind("MatMulNBits", 4, "exact", 128, 0), 1, 3.5),
+        row(Kind("MatMulNBits", 4, "exact", 32, 0), 1, 3.0),
+        row(Kind("MatMulNBits", 2, "int8", 128, 4), 1, 0.375),
+        row(Kind("MatMulNBits", 2, "lut", 128, 0), 1, 0.3125),
+        row(Kind("MatMulNBits", 2, "exact", 128, 0), 1, 80.0),
+        row(Kind("qbb", 2, "int8"), 1, 0.25, gbps=27.0),
+        row(Kind("qbb", 2, "int8"), 2, 0.375),
+        row(Kind("qbb", 2, "int8"), 4, 1.5),
+        row(Kind("qbb", 2, "exact"), 1, 0.5),
+        row(Kind("qbb", 3, "exact"), 1, 1.0),
+        row(Kind("qbb", 3, "exact"), 128, 12.0),
+    ]
+    cells = {claim.text: claim.cell(rows) for claim in claims.claims(["int8"])}
+    assert {text: cell for text, cell in cells.items() if cell} == {
+        "int8 2 bases / MatMulNBits 4-bit L4 b128": "0.50",
+        "MatMulNBits 2-bit, best / int8 2 bases": "! 1.25",
+        "int8 2 bases: share of the read bandwidth": "0.90",
+        "fp32 / exact 3 bases": "8.00",
+        "MatMulNBits 4-bit L0 / exact 3 bases": "3.00",
+        "MatMulNBits 2-bit L0 / exact 2 bases": "160.00",
+        "exact 3 bases / fp32": "! 1.20",
+        "int8: time a row / alone, worst": "! 1.50",
+        "int8: time a row / at next smaller M, worst": "! 2.00",
+    }
+
+    turns = [timing.Turn(3.0, 1.0), timing.Turn(1.0, 0.95), timing.Turn(2.0, 0.9), timing.Turn(9.0, 0.5)]
+    assert timing.median(turns) == 2.0
+    assert timing.undisturbed(turns[3:] * 7 + [timing.Turn(4.0, 0.6)]) == [4.0, 9.0]
+    assert [timing.turns_for(seconds, 40) for seconds in (1e-4, 0.1, 2.0)] == [40, 10, 3]
+    assert timing.turns_for(2.0, 1) == 1
