@@ -106,14 +106,15 @@ class OnnxRunner(Runner):
         path: the file.
         library: False runs the function body instead of our kernel.
         mode: of our kernels; None: as the file says.
+        options: ``onnxruntime.SessionOptions``, for the number of threads and the like.
 
     Raises:
         QbbError: ONNX Runtime cannot open it, or it has inputs that cannot be made up from token ids.
     """
 
-    def __init__(self, path: Path, *, library: bool = True, mode: str | None = None) -> None:
+    def __init__(self, path: Path, *, library: bool = True, mode: str | None = None, options: Any = None) -> None:
         self.source = str(path)
-        self._session = ort.session(path, library=library, mode=mode)
+        self._session = ort.session(path, library=library, mode=mode, options=options)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         names = [value.name for value in inputs]
         if "input_ids" not in names:
