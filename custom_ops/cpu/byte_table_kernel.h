@@ -22,6 +22,9 @@ constexpr float kLargest = 32512;          // of a sum: 127 * 256, so that round
 constexpr float kTiny = 0x1p-100f;         // segments below count as zero: 1 / q stays finite
 constexpr int kTableBytes = 2 * 64;        // of one word and one byte of the entries
 constexpr int kBlockTableBytes = 32 << 10;  // of tables at a time: they stay in L1 next to the weights that stream past
+// What is asked for ahead, all bases together: memory answers after some 100 ns, in which it could deliver 3 KB.
+constexpr int64_t kAheadWords = 144;
+constexpr int64_t kAheadScales = 16 * kLanes;
 
 struct Step {
   float value, inverse;  // inverse 0: all inputs count as 0
@@ -83,6 +86,7 @@ struct Cursor {
   const uint32_t* words;   // of basis 0
   const uint8_t* tables;   // of the first row of X
   int64_t plane;           // words from one basis to the next
+  int64_t ahead;           // words to prefetch
   int64_t table_stride;    // bytes from one word to the next
 };
 
@@ -103,7 +107,7 @@ QBB_INLINE void add_byte_bases(const core::Tiled& w, const Cursor& at, int64_t b
     typename V::Indexes index[B];
     for (int b = 0; b < B; ++b) {
       index[b] = V::indexes(V::load_words(words + b * at.plane));
-      __builtin_prefetch(words + b * at.plane + kPrefetchWords * kLanes);
+      __builtin_prefetch(words + b * at.plane + at.ahead);
     }
     for (int r = 0; r < R; ++r) {
       const uint8_t* table = tables + r * kBytes * kTableBytes;
@@ -115,7 +119,9 @@ QBB_INLINE void add_byte_bases(const core::Tiled& w, const Cursor& at, int64_t b
   }
   const int64_t scale_plane = w.tiles * w.groups * kLanes;
   for (int b = 0; b < B; ++b) {
-    const Lanes scale = load_scales<V>(w, scales + (basis + b) * scale_plane);
+    const int64_t from = scales + (basis + b) * scale_plane;
+    const Lanes scale = load_scales<V>(w, from);
+    __builtin_prefetch(static_cast<const char*>(w.scales) + (from + kAheadScales) * (w.half_scales ? 2 : 4));
     for (int r = 0; r < R; ++r) {
       Lanes p = V::to_float(high[b][r]);
       if constexpr (kBytes == 2) p = V::fma(p, V::splat(256), V::to_float(low[b][r]));  // exact: below 2^24
@@ -130,7 +136,7 @@ QBB_INLINE void add_byte_tile(const Block& k, int64_t row, int64_t tile, int64_t
   const core::Tiled& w = *k.w;
   const int64_t first = w.segments[s].first;
   Cursor at{w.planes + (tile * w.words + first) * kLanes, k.a.codes + (first * k.M + row) * kBytes * kTableBytes,
-            w.tiles * w.words * kLanes, k.M * kBytes * kTableBytes};
+            w.tiles * w.words * kLanes, kAheadWords / w.bases * kLanes, k.M * kBytes * kTableBytes};
   typename V::Lanes a[R];
   for (int r = 0; r < R; ++r) a[r] = V::load(acc + r * kLanes);
   for (; s < end; ++s) {

@@ -83,6 +83,12 @@ QBB_INLINE void load_inputs(const Block& k, int64_t row, int64_t word, float* ou
   }
 }
 
+// The entry of V::table with four plus signs. A V whose tables have a form of their own says here where it is.
+template <class V>
+QBB_INLINE float all_plus(const float* table) {
+  return table[15];
+}
+
 template <class V, int R>
 QBB_NOINLINE void build_tables(const Block& k, int64_t row, int64_t first_word, int words, Tables<R>& t) {
   t.num_segments = 0;
@@ -105,8 +111,9 @@ QBB_NOINLINE void build_tables(const Block& k, int64_t row, int64_t first_word, 
         load_inputs<V>(k, row + r, first_word + w, x);
         float* table = t.sums + (w * R + r) * kWordTables;
         for (int n = 0; n < kNibbles; ++n) V::store(table + n * 16, V::table(x + (n & 1) * 16 + (n >> 1) * 4));
-        const float* all = table + 15;  // the entry with four plus signs; order: as for the words of a segment
-        total += ((all[0] + all[16]) + (all[32] + all[48])) + ((all[64] + all[80]) + (all[96] + all[112]));
+        float sum[kNibbles];  // order: as for the words of a segment
+        for (int n = 0; n < kNibbles; ++n) sum[n] = all_plus<V>(table + n * 16);
+        total += ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
       }
       t.totals[s * R + r] = total;
     }
