@@ -21,7 +21,9 @@ namespace {
 constexpr float kLargest = 32512;          // of a sum: 127 * 256, so that rounding to a byte never leaves -127..127
 constexpr float kTiny = 0x1p-100f;         // segments below count as zero: 1 / q stays finite
 constexpr int kTableBytes = 2 * 64;        // of one word and one byte of the entries
-constexpr int kBlockTableBytes = 32 << 10;  // of tables at a time: they stay in L1 next to the weights that stream past
+// Of tables at a time. One row of X leaves time to fetch them from L2, and then weights stream without a break.
+constexpr int kRowTableBytes = 128 << 10;
+constexpr int kBlockTableBytes = 32 << 10;  // they stay in L1 next to the weights that stream past
 // What is asked for ahead, all bases together: memory answers after some 100 ns, in which it could deliver 3 KB.
 constexpr int64_t kAheadWords = 144;
 constexpr int64_t kAheadScales = 16 * kLanes;
@@ -172,7 +174,7 @@ QBB_INLINE void add_byte_tile(const Block& k, int64_t row, int64_t tile, int64_t
 // R rows of X times all tiles of the block.
 template <class V, int kBytes, int R, int B>
 QBB_NOINLINE void run_byte_rows(const Block& k, int64_t row) {
-  constexpr int kWords = kBlockTableBytes / (R * kBytes * kTableBytes);
+  constexpr int kWords = (R == 1 ? kRowTableBytes : kBlockTableBytes) / (R * kBytes * kTableBytes);
   alignas(64) float acc[core::kMaxTaskTiles * R * kLanes];
   for (int64_t i = 0; i < k.tiles * R * kLanes; ++i) acc[i] = 0;
   for (int64_t s = 0, end = 0; s < k.w->num_segments; s = end) {
