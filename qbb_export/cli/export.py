@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loading.add_argument("--input", action="append", default=[], metavar="NAME:DTYPE[DIMS]", help="a graph input")
     loading.add_argument("--trust-pickle", action="store_true", help="allow a file that runs code when it is loaded")
     parser.add_argument("--layout", choices=("tiled", "rows"), default="tiled", help="order of the packed words")
+    parser.add_argument("--no-fuse", action="store_true", help="keep layers apart that share their input (q, k, v)")
     parser.set_defaults(run=run)
 
 
@@ -90,6 +91,7 @@ def run(options: argparse.Namespace) -> int:
             options.model, options.config, options.trust_pickle, tuple(InputSpec.parse(text) for text in options.input)
         ),
         layout=LAYOUT_TILED if options.layout == "tiled" else LAYOUT_ROWS,
+        fuse=not options.no_fuse,
         device=options.device or default_device(options.source),
         learning=LearningOptions(options.budget, options.steps, options.calibration, options.start),
         record=options.record,
