@@ -194,8 +194,6 @@ def _together(values: Values, axis: int, sizes: list[int], name: str) -> ir.Valu
         for tensor, length in zip(tensors, lengths, strict=True):
             rows[start : start + length] = np.moveaxis(tensor.numpy(), axis, 0)
             start += length
-            if isinstance(tensor, ir.ExternalTensor):
-                tensor.release()  # its pages do not count as ours
         return ir.tensor(whole, name=name)
 
     graph = values[0].graph

@@ -239,8 +239,7 @@ def _part(value: ir.Value | None, index: Any) -> Array:
     tensor = None if value is None else value.const_value
     if tensor is None:
         raise QbbError("input is not constant", where=OP_TYPE)
-    whole = tensor.numpy()
-    part: Array = (whole if whole.size == 1 else whole[index]).copy()
+    part: Array = tensor.numpy()[... if tensor.size == 1 else index].copy()
     if isinstance(tensor, ir.ExternalTensor):
         tensor.release()
     return part

@@ -96,7 +96,7 @@ def test_the_function_body_in_onnx_reference():
         np.testing.assert_array_equal(got, expected)
 
 
-BIASES = {"c0": integers(RNG, 32), "c1": integers(RNG, 1)}
+BIASES = {"c0": integers(RNG, 32), "c1": np.full(1, 3, np.float32)}
 
 
 @pytest.mark.parametrize("layout", [LAYOUT_ROWS, LAYOUT_TILED])
@@ -106,6 +106,13 @@ def test_biases_of_every_kind(layout):
     (node,) = binary_basis_nodes(model)
     bias = np.concatenate([BIASES["c0"], np.repeat(BIASES["c1"], 16), np.zeros(5)])
     np.testing.assert_array_equal(node.inputs[4].const_value.numpy(), bias)
+    check(model, dense)
+
+
+def test_single_numbers_as_biases():
+    body = "a = MatMul (x, w0) y0 = Add (a, c1) y1 = MatMul (x, w1)"
+    model, dense = binarized(layers(32, 16, body=body, weights={"c1": BIASES["c1"]}), fuse=True)
+    assert parts(model) == [[32, 16]]
     check(model, dense)
 
 
@@ -148,6 +155,14 @@ def scalar_offset(node):
     node.replace_input_with(3, value)
 
 
+def bias_from_a_node(node):
+    tensor = ir.tensor(np.ones(1, np.float32))
+    constant = ir.node("Constant", [], {"value": tensor})
+    constant.outputs[0].name, constant.outputs[0].const_value = "c", tensor
+    node.graph.insert_before(node, constant)
+    node.replace_input_with(4, constant.outputs[0])
+
+
 @pytest.mark.parametrize(
     ("settings", "change"),
     [
@@ -163,6 +178,7 @@ def scalar_offset(node):
         ({}, lambda node: node.graph.outputs.append(node.inputs[4])),
         ({}, lambda node: node.graph.inputs.append(node.inputs[2])),
         ({}, lambda node: node.replace_input_with(4, node.graph.inputs[0])),
+        ({}, bias_from_a_node),
         ({}, lambda node: node.resize_inputs(4)),
     ],
 )
