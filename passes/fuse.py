@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from itertools import chain, takewhile
+from itertools import chain
 
 import numpy as np
 import onnx_ir as ir
@@ -204,7 +204,7 @@ def _together(values: Values, axis: int, sizes: list[int], name: str) -> ir.Valu
 def _joined(names: list[str]) -> str:
     """``a.b.x+y`` for ``a.b.x`` and ``a.b.y``."""
     split = [re.split(r"(?<=[./])", name) for name in names]
-    common = len(
-        list(takewhile(lambda words: len(set(words)) == 1, zip(*(words[:-1] for words in split), strict=False)))
-    )
+    common = 0
+    while all(words[common] == split[0][common] and len(words) > common + 1 for words in split):
+        common += 1
     return "".join(split[0][:common]) + "+".join("".join(words[common:]) for words in split)
