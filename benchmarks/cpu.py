@@ -1,168 +1,150 @@
-"""One operator against what ONNX Runtime has for the same product: time per call on the CPU.
+"""One operator against what ONNX Runtime has for the same product: time per node on the CPU.
 
-    python benchmarks/cpu.py --shapes 4096x4096 --batch 1,8,128 --threads 1,2 --json cpu.json
+    python benchmarks/cpu.py --shapes 4096x4096,4096x14336,14336x4096 --batch 1,2,4,8,16,128 --json cpu.json
 
-All kernels run in one process, in turns, so that they meet the same noise; each turn uses the next of several copies
-of the weights, which together exceed the last-level cache. The figure is the median of the turns that got the processor
-for at least 90 % of their time.
+All kernels run in one process, in turns, so that they meet the same noise. A turn goes through several copies of the
+weights, three times the last-level cache in all; where that would take long it is one copy, which comes again when the
+others have read as much. The figure is the median of the turns that got the processors for at least 90 % of their time.
+How fast memory can be read is measured in the same rounds. Kernels that ONNX Runtime does not have are left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
-from qbb_export.custom_ops import library_info, library_path
-from qbb_export.format import DOMAIN, OP_TYPE, OPSET_VERSION, Spec
-from qbb_export.passes.function_body import AttachFunctionBody
+import claims
+import results
+import timing
+from contenders import FLOAT, GROUP_SIZE, RIVALS, Contender, Kind, Weights
+from plot import plot
+from results import Row
 
-CACHE_BYTES = 96 << 20
-TURNS = 40
-GROUP_SIZE = 128
-
-
-@dataclass
-class Row:
-    """One line of the table and one object of the JSON file."""
-
-    kernel: str  # "qbb", "fp32", or "body": the function body in stock ONNX Runtime
-    bases: int | None
-    mode: str  # activations: "exact" is float
-    shape: str  # KxN
-    batch: int
-    threads: int
-    median_ms: float
-    gbps: float  # bytes of weights over time
+SMALLEST = 1 << 16  # bytes, so that there is something to read
+FILE_WIDTH = 150  # columns of the table where it goes to a file
+MODES = ("exact", "int8", "int16")
 
 
-def constant(name: str, array: Any) -> ir.Value:
-    """An initializer."""
-    tensor = ir.tensor(array, name=name)
-    return ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+def open_all(
+    kinds: Sequence[Kind], k: int, n: int, threads: int, weights: Weights, left_out: dict[str, str]
+) -> list[Contender]:
+    """Sessions of all kinds; those of others that ONNX Runtime refuses are noted in ``left_out``."""
+    contenders = []
+    for kind in kinds:
+        try:
+            contenders.append(Contender(kind, k, n, threads, weights))
+        except Exception as error:
+            if kind.kernel != "MatMulNBits":
+                raise
+            left_out[f"{kind} at {k}x{n}"] = str(error).splitlines()[0]
+    return contenders
 
 
-def model(kernel: str, k: int, n: int, bases: int | None) -> tuple[bytes, int]:
-    """A model of one node, and the bytes of its weights."""
-    rng = np.random.default_rng(0)
-    x = ir.Value(name="x", shape=ir.Shape(["m", k]), type=ir.TensorType(ir.DataType.FLOAT))
-    if bases is None:
-        weights = [constant("w", rng.standard_normal((k, n), dtype=np.float32))]
-        node = ir.node("MatMul", [x, *weights])
-    else:
-        spec = Spec(k, n, bases, GROUP_SIZE)
-        weights = [
-            constant("b", rng.integers(0, 2**32, spec.planes_shape, dtype=np.uint32)),
-            constant("s", rng.random(spec.scales_shape, dtype=np.float32).astype(np.float16)),
-            constant("z", np.zeros((1, 1), np.float32)),
-            constant("c", np.zeros(1, np.float32)),
-        ]
-        node = ir.node(OP_TYPE, [x, *weights], asdict(spec), domain=DOMAIN)
-    y = node.outputs[0]
-    y.name, y.shape, y.type = "y", ir.Shape(["m", n]), ir.TensorType(ir.DataType.FLOAT)
-    opsets = {"": 20, DOMAIN: OPSET_VERSION}
-    graph = ir.Graph([x], [y], nodes=[node], initializers=weights, opset_imports=opsets, name="bench")
-    size = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
-    result = ir.Model(graph, ir_version=10)
-    if kernel == "body":
-        AttachFunctionBody()(result)
-    return ir.to_proto(result).SerializeToString(), size
-
-
-class Contender:
-    """A kernel at one shape and thread count: sessions over copies of the weights that are used in turn."""
-
-    def __init__(self, kernel: str, k: int, n: int, bases: int | None, threads: int) -> None:
-        self.kernel, self.bases, self.shape, self.threads = kernel, bases, f"{k}x{n}", threads
-        data, self.bytes = model(kernel, k, n, bases)
-        self.copies = max(2, -(-CACHE_BYTES // self.bytes))
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Idle threads of one session would otherwise spin on the processors that the next one needs.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        if kernel == "qbb":
-            options.register_custom_ops_library(str(library_path()))
-        providers = ["CPUExecutionProvider"]
-        self.sessions = [onnxruntime.InferenceSession(data, options, providers=providers) for _ in range(self.copies)]
-        self.turn = 0
-        self.times: list[tuple[float, float]] = []
-
-    def run(self, x: Any) -> None:
-        """One timed call on the next copy: wall time, and share of the processors that it got."""
-        session = self.sessions[self.turn % self.copies]
-        self.turn += 1
-        wall, cpu = time.perf_counter(), time.process_time()
-        session.run(None, {"x": x})
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        self.times.append((wall, cpu / wall / self.threads))
-
-    def row(self, batch: int) -> Row:
-        """The median of the undisturbed turns."""
-        good = [wall for wall, share in self.times if share >= 0.9] or [wall for wall, _ in self.times]
-        seconds = statistics.median(good)
-        gbps = self.bytes / seconds / 1e9
-        return Row(self.kernel, self.bases, "exact", self.shape, batch, self.threads, 1e3 * seconds, gbps)
-
-
-def measure(k: int, n: int, batch: int, threads: int, bases: list[int], *, body: bool) -> list[Row]:
-    """All contenders at one shape, taking turns."""
-    kinds = [("fp32", None), *(("qbb", b) for b in bases), *(("body", b) for b in bases if body)]
-    contenders = [Contender(kernel, k, n, b, threads) for kernel, b in kinds]
+def measure(contenders: list[Contender], readers: list[timing.Reader], batch: int, turns: int) -> list[Row]:
+    """All contenders of one shape and number of threads at one batch, in turns."""
+    _, k, n, threads = contenders[0].where
     x = np.random.default_rng(1).standard_normal((batch, k), dtype=np.float32)
-    turns = TURNS if batch < 32 else TURNS // 2
-    for turn in range(turns + 3):
-        for contender in contenders:
-            contender.run(x)
-            if turn < 3:
-                contender.times.clear()
-    return [contender.row(batch) for contender in contenders]
+    round_bytes = sum(contender.bytes for contender in contenders)
+    counts = [timing.turns_for(contender.prepare(x, round_bytes), turns) for contender in contenders]
+    calls: list[Callable[[], object]] = [*contenders, *readers]
+    taken = timing.alternate(calls, [*counts, *(turns for _ in readers)], threads)
+    reads = [r.bytes / timing.median(t) / 1e9 for r, t in zip(readers, taken[len(contenders) :], strict=True)]
+    rows = []
+    for contender, t in zip(contenders, taken, strict=False):
+        seconds = timing.median(t) / contender.nodes
+        gbps = contender.bytes / seconds / 1e9
+        figures = (1e3 * seconds, gbps, max(reads), len(t), len(timing.undisturbed(t)))
+        rows.append(Row(contender.kind, f"{k}x{n}", batch, threads, *figures))
+    return rows
+
+
+def run(options: argparse.Namespace, cache: int) -> tuple[list[Row], dict[str, str]]:
+    """Measure all; also what was left out, and why."""
+    ours = [Kind("qbb", bases, mode) for mode in options.modes for bases in options.bases]
+    body = [Kind("body", bases) for bases in options.bases if options.body]
+    kinds = [*ours, *body, *(RIVALS if options.rivals else [FLOAT])]
+    rows: list[Row] = []
+    left_out: dict[str, str] = {}
+    largest = max(4 * k * n for k, n in options.shapes)
+    with TemporaryDirectory(prefix="qbb-bench.") as folder:
+        weights = Weights(Path(folder), max(3 * cache, SMALLEST), largest)
+        memories = [timing.huge_page_memory(weights.cache), timing.file_memory(weights.bits, weights.cache)]
+        cases = [(k, n, threads) for k, n in options.shapes for threads in options.threads]
+        for k, n, threads in track(cases, "measuring", console=Console(stderr=True), transient=True):
+            contenders = open_all(kinds, k, n, threads, weights, left_out)
+            readers = [timing.Reader(memory, threads) for memory in memories]
+            for batch in options.batch:
+                rows += measure(contenders, readers, batch, options.turns)
+    return rows, left_out
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def shapes(text: str) -> list[tuple[int, int]]:
+    return [(int(k), int(n)) for k, n in (part.split("x") for part in text.split(","))]
+
+
+def modes(text: str) -> list[str]:
+    names = text.split(",")
+    if not set(names) <= set(MODES):
+        raise ValueError(names)
+    return names
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", type=shapes, default="4096x4096", help="KxN,…")
+    parser.add_argument("--batch", type=numbers, default="1", help="rows of X,…")
+    parser.add_argument("--threads", type=numbers, default="1,2")
+    parser.add_argument("--bases", type=numbers, default="1,2,3,4")
+    parser.add_argument("--modes", type=modes, default=",".join(MODES), help="activations of ours")
+    parser.add_argument("--body", action="store_true", help="also the function body in stock ONNX Runtime")
+    parser.add_argument("--no-rivals", dest="rivals", action="store_false", help="without MatMulNBits")
+    parser.add_argument("--turns", type=int, default=40, help="at most; slow kernels get fewer")
+    parser.add_argument("--cache", type=float, help="MB of last-level cache, where the system does not say")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="an SVG: time against bases and against K·N")
+    parser.add_argument("--rows", type=Path, help="measure nothing: rows of an earlier --json")
+    return parser.parse_args()
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="4096x4096", help="KxN,…")
-    parser.add_argument("--batch", default="1", help="rows of X,…")
-    parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--bases", default="2,3,4")
-    parser.add_argument("--body", action="store_true", help="also the function body in stock ONNX Runtime")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    bases = [int(b) for b in options.bases.split(",")]
-    cases = [
-        (*(int(v) for v in shape.split("x")), int(batch), int(threads))
-        for shape in options.shapes.split(",")
-        for batch in options.batch.split(",")
-        for threads in options.threads.split(",")
-    ]
-    rows: list[Row] = []
-    for k, n, batch, threads in track(cases, "measuring", console=Console(stderr=True), transient=True):
-        rows += measure(k, n, batch, threads, bases, body=options.body)
-    isa = next(name for name, available in library_info().isas.items() if available)
-    table = Table(title=f"ONNX Runtime {onnxruntime.__version__}, our kernels: {isa}, groups of {GROUP_SIZE}")
-    for column in ("shape", "batch", "threads", "kernel", "ms", "GB/s", "against fp32"):
-        table.add_column(column, justify="left" if column in ("shape", "kernel") else "right")
-    for row in rows:
-        case = (row.shape, row.batch, row.threads)
-        base = next(r for r in rows if r.kernel == "fp32" and (r.shape, r.batch, r.threads) == case)
-        kernel = "fp32 MatMul" if row.bases is None else f"{row.bases} bases"
-        kernel += ", function body" if row.kernel == "body" else ""
-        figures = (f"{row.median_ms:.3f}", f"{row.gbps:.1f}", f"{base.median_ms / row.median_ms:.2f}x")
-        table.add_row(row.shape, str(row.batch), str(row.threads), kernel, *figures)
-    Console().print(table)
+    options = arguments()
+    console = Console()
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    left_out: dict[str, str] = {}
+    if options.rows:
+        rows = results.read(options.rows)
+    else:
+        found = timing.last_level_cache(max(options.threads))
+        cache = int(options.cache * 2**20) if options.cache is not None else found or timing.ASSUMED_CACHE
+        note = " (given)" if options.cache is not None else "" if found else " (assumed: the system does not say)"
+        size = f"last-level cache {cache / 2**20:g} MB{note}"
+        versions = f"our kernels {timing.isa()}, ONNX Runtime {onnxruntime.__version__}"
+        console.print(f"{size}, {versions}, {timing.processor()}, groups of {GROUP_SIZE}", soft_wrap=True)
+        rows, left_out = run(options, cache)
+        for threads in options.threads:
+            reads = [row.read_gbps for row in rows if row.threads == threads]
+            console.print(f"read bandwidth, {threads} threads: {min(reads):.1f} to {max(reads):.1f} GB/s")
     if options.json:
-        options.json.write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1) + "\n", encoding="utf-8")
+        results.write(rows, options.json)
+    console.print(results.table(rows))
+    console.print(claims.table(rows))
+    for what, why in left_out.items():
+        console.print(f"left out: {what}: {why}", soft_wrap=True, highlight=False)
+    if options.plot:
+        plot(rows, options.plot)
 
 
 if __name__ == "__main__":

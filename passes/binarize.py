@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -44,14 +44,15 @@ class BinarizeLinears(ir.passes.InPlacePass):
 
     Args:
         layers: packed layers by layer name (``Linear.name``).
+        mode: what kernels may do to activations, see ``format.MODES``; 0 leaves the attribute out.
 
     Raises:
         QbbError: a layer that is not in the graph as a MatMul, or whose shape differs.
     """
 
-    def __init__(self, layers: Mapping[str, PackedLayer]) -> None:
+    def __init__(self, layers: Mapping[str, PackedLayer], mode: int = 0) -> None:
         super().__init__()
-        self._layers = layers
+        self._layers, self._mode = layers, mode
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         linears = [linear for linear in find_linears(model)[0] if linear.name in self._layers]
@@ -92,20 +93,9 @@ class BinarizeLinears(ir.passes.InPlacePass):
         else:
             c = add_initializer(graph, f"{bias.name}.qbb_bias", _as_float32_vector(bias))
         last = add or matmul
-        node = ir.node(
-            OP_TYPE,
-            [matmul.inputs[0], planes, scales, offset, c],
-            {
-                "K": spec.K,
-                "N": spec.N,
-                "bases": spec.bases,
-                "group_size": spec.group_size,
-                "layout": spec.layout,
-                "format": spec.format,
-            },
-            domain=DOMAIN,
-            name=matmul.name,
-        )
+        attributes = asdict(spec) | ({"mode": self._mode} if self._mode else {})
+        inputs = [matmul.inputs[0], planes, scales, offset, c]
+        node = ir.node(OP_TYPE, inputs, attributes, domain=DOMAIN, name=matmul.name)
         old = [matmul] if add is None else [matmul, add]
         ir.convenience.replace_nodes_and_values(graph, last, old, [node], [last.outputs[0]], [node.outputs[0]])
 

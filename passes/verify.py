@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import onnx_ir as ir
 
 from qbb_export.errors import QbbError
-from qbb_export.format import DOMAIN, OP_TYPE, OPSET_VERSION, Spec
+from qbb_export.format import DOMAIN, MODES, OP_TYPE, OPSET_VERSION, Spec
 from qbb_export.passes.function_body import binary_basis_nodes, function_body
 
 # Domains that ONNX Runtime itself serves.
@@ -28,13 +28,13 @@ Problem = tuple[str, object, object]  # what, expected, got
 
 
 def node_spec(node: ir.Node) -> Spec:
-    """The attributes of a node.
+    """The attributes of a node but for the optional ``mode``.
 
     Raises:
         QbbError: an attribute is missing or unknown, is no integer, or has a value that format 1 does not have.
     """
     where = f"node '{node.name}'"
-    if set(node.attributes) != set(_ATTRIBUTES):
+    if set(node.attributes) - {"mode"} != set(_ATTRIBUTES):
         raise QbbError("wrong attributes", where=where, expected=list(_ATTRIBUTES), got=sorted(node.attributes))
     values: dict[str, int] = {}
     for name in _ATTRIBUTES:
@@ -46,6 +46,23 @@ def node_spec(node: ir.Node) -> Spec:
         return Spec(**values)
     except QbbError as error:
         raise QbbError(str(error), where=where) from None
+
+
+def node_mode(node: ir.Node) -> int:
+    """The attribute ``mode`` of a node, a place in ``format.MODES``; 0 where it is absent.
+
+    Raises:
+        QbbError: no integer, or no mode.
+    """
+    attribute = node.attributes.get("mode")
+    if attribute is None:
+        return 0
+    integer = attribute.type == ir.AttributeType.INT and not attribute.is_ref()
+    if not integer or not 0 <= attribute.as_int() < len(MODES):
+        got = attribute.as_int() if integer else attribute.type.name
+        expected = f"0..{len(MODES) - 1} ({', '.join(MODES)})"
+        raise QbbError("unknown mode", where=f"node '{node.name}'", expected=expected, got=got)
+    return attribute.as_int()
 
 
 def _inputs_present(node: ir.Node, spec: Spec) -> Iterator[Problem]:
@@ -100,7 +117,7 @@ class VerifyBinaryBasis(ir.passes.InPlacePass):
 
     1. every operator domain is known to ONNX Runtime, is ours, or has its functions in the file
     2. our domain holds nothing but ``BinaryBasisMatMul``, at opset version 1
-    3. attributes of each node are those of format 1 (``node_spec``)
+    3. attributes of each node are those of format 1 (``node_spec``, ``node_mode``)
     4. each node passes ``NODE_RULES``
     5. the function body is the one that this release would attach
 
@@ -115,6 +132,7 @@ class VerifyBinaryBasis(ir.passes.InPlacePass):
         nodes = binary_basis_nodes(model)
         for node in nodes:
             spec = node_spec(node)  # rule 3
+            node_mode(node)
             for rule in NODE_RULES:  # rule 4
                 for what, expected, got in rule(node, spec):
                     raise QbbError(what, where=f"node '{node.name}'", expected=expected, got=got)

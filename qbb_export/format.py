@@ -30,10 +30,24 @@ LAYOUT_ROWS: Final = 0
 LAYOUT_TILED: Final = 1
 LAYOUTS: Final = (LAYOUT_ROWS, LAYOUT_TILED)
 
+# What kernels may do to activations: the node's optional attribute ``mode`` is the place in this tuple.
+MODES: Final = ("exact", "int8", "int16")
+
 WORD_BITS: Final = 32
 TILE_ROWS: Final = 16
 
 Array = npt.NDArray[Any]
+
+
+def mode_number(mode: str) -> int:
+    """The attribute ``mode`` for the name of one.
+
+    Raises:
+        QbbError: there is no such mode.
+    """
+    if mode not in MODES:
+        raise QbbError("unknown mode", where="--mode", expected=" or ".join(MODES), got=mode)
+    return MODES.index(mode)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from qbb_export.capture import capture
 from qbb_export.distill.settings import MODEL_RECIPES, LearningOptions
 from qbb_export.errors import QbbError
 from qbb_export.files import write_whole
-from qbb_export.format import LAYOUT_TILED, Spec, bits_per_weight, to_layout
+from qbb_export.format import LAYOUT_TILED, Spec, bits_per_weight, mode_number, to_layout
 from qbb_export.learning import check_can_learn, default_recipe, learn
 from qbb_export.passes.binarize import BinarizeLinears, PackedLayer
 from qbb_export.passes.function_body import AttachFunctionBody, binary_basis_nodes
@@ -53,6 +53,7 @@ class ExportOptions:
         load: how to open MODEL.
         layout: ``LAYOUT_TILED`` or ``LAYOUT_ROWS``.
         fuse: make one node of layers that share their input and settings.
+        mode: name in ``format.MODES``: what kernels may do to activations.
         device: ``"cpu"``, or a PyTorch device such as ``"cuda"`` to quantise and learn on.
         learning: for recipes that learn from the model's own text.
         record: folder of the per-layer results; default: ``OUTPUT`` with the suffix ``.qbb``.
@@ -66,6 +67,7 @@ class ExportOptions:
     load: LoadOptions = field(default_factory=LoadOptions)
     layout: int = LAYOUT_TILED
     fuse: bool = True
+    mode: str = "exact"
     device: str = "cpu"
     learning: LearningOptions = field(default_factory=LearningOptions)
     record: Path | None = None
@@ -138,6 +140,7 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
     def tell(stage: str, done: int, total: int, note: str = "") -> None:
         report(stage, done, total, note)
 
+    mode = mode_number(options.mode)
     first = os.environ.get("RANK", "0") == "0"  # of several processes one writes; see distill.ranks
     if first:
         artifact.check_writable(output, force=options.force)
@@ -177,7 +180,7 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
             if record is None:  # another process of this run writes the file
                 return ExportReport(output, 0, 0, 0, (), ())
             layers = {name: _layer_report(name, layer, options) for name, layer in quantized.items()}
-        _rewrite(model, linears, layers, record, fuse=options.fuse)
+        _rewrite(model, linears, layers, record, mode, fuse=options.fuse)
     common.ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.producer_version = "qbb-export", None
     VerifyBinaryBasis()(model)
@@ -188,7 +191,7 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
     if options.verify:
         tell("verifying", 0, 1)
         student = _student(torch_model, linears, record)
-        comparisons = _verify(model, output, student, feeds, float_outputs)
+        comparisons = _verify(model, output, student, feeds, float_outputs, options.mode)
         tell("verifying", 1, 1)
     packed = sum(r.bits_per_weight * r.spec.K * r.spec.N / 8 for r in layers.values())
     return ExportReport(
@@ -238,7 +241,7 @@ def _layer_report(name: str, layer: Quantized, options: ExportOptions) -> LayerR
 
 
 def _rewrite(
-    model: ir.Model, linears: list[Linear], layers: Mapping[str, LayerReport], record: Record, *, fuse: bool
+    model: ir.Model, linears: list[Linear], layers: Mapping[str, LayerReport], record: Record, mode: int, *, fuse: bool
 ) -> None:
     @functools.lru_cache(maxsize=_KEPT_LAYERS)
     def initializers(name: str) -> tuple[Array, ...]:
@@ -246,7 +249,7 @@ def _rewrite(
         return to_layout(layer.words, layer.scales, layer.offset, layers[name].spec)
 
     NormalizeLinears(linears)(model)
-    BinarizeLinears({name: _packed(report, initializers) for name, report in layers.items()})(model)
+    BinarizeLinears({name: _packed(report, initializers) for name, report in layers.items()}, mode)(model)
     if fuse:
         FuseLinears()(model)
     AttachFunctionBody()(model)
@@ -316,9 +319,16 @@ def _student(loaded: TorchModel | None, linears: list[Linear], record: Record | 
 
 
 def _verify(
-    model: ir.Model, output: Path, student: TorchModel | None, feeds: Arrays | None, float_outputs: Arrays | None
+    model: ir.Model,
+    output: Path,
+    student: TorchModel | None,
+    feeds: Arrays | None,
+    float_outputs: Arrays | None,
+    mode: str,
 ) -> list[Comparison]:
-    """The verification table: library against student and function body; against the float model for information."""
+    """The verification table: library in exact mode against student and function body; against the float model, and of
+    another mode, for information.
+    """
     if feeds is None:
         return verification.check_layers(output)
     ours = verification.run_file(output, feeds, library=True)
@@ -335,4 +345,9 @@ def _verify(
         rows += verification.compare("body / library", body, ours, verification.BODY_BOUND)
     if float_outputs is not None:
         rows += verification.compare("library / float model", ours, float_outputs, None)
+    if mode != "exact":
+        rounded = verification.run_file(output, feeds, library=True, mode=mode)
+        rows += verification.compare(f"library, {mode} / exact", rounded, ours, None)
+        if float_outputs is not None:
+            rows += verification.compare(f"library, {mode} / float model", rounded, float_outputs, None)
     return rows

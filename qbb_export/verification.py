@@ -141,13 +141,13 @@ def graph_inputs(model: ir.Model) -> tuple[InputSpec, ...]:
     return tuple(specs)
 
 
-def run_file(path: Path, feeds: Mapping[str, Array], *, library: bool) -> Arrays:
-    """Run a file in ONNX Runtime, with our library or through the function body.
+def run_file(path: Path, feeds: Mapping[str, Array], *, library: bool, mode: str = "exact") -> Arrays:
+    """Run a file in ONNX Runtime, with our library in one mode or through the function body.
 
     Raises:
         QbbError: ONNX Runtime cannot run it on these inputs.
     """
-    session = ort.session(path, library=library, check_data=library)
+    session = ort.session(path, library=library, mode=mode, check_data=library)
     names = [value.name for value in session.get_outputs()]
     try:
         return dict(zip(names, session.run(names, dict(feeds)), strict=True))

@@ -8,6 +8,7 @@ import onnxruntime
 
 from qbb_export.custom_ops import library_info
 from qbb_export.errors import QbbError
+from qbb_export.format import MODES, mode_number
 from qbb_export.passes.function_body import binary_basis_nodes
 from qbb_export.runtimes import gate
 
@@ -19,6 +20,7 @@ def session(
     *,
     device: str = "cpu",
     library: bool = True,
+    mode: str | None = None,
     options: onnxruntime.SessionOptions | None = None,
     check_data: bool = True,
 ) -> onnxruntime.InferenceSession:
@@ -28,6 +30,7 @@ def session(
         path: an .onnx file, exported by us or any other.
         device: ``"cpu"``.
         library: False leaves our library out, so that ``BinaryBasisMatMul`` runs through the function body in the file.
+        mode: ``"exact"``, ``"int8"`` or ``"int16"`` for all nodes, whatever mode they name; None leaves it to them.
         options: session options to extend; the library is registered on them.
         check_data: False skips the digest of the weights, which reads all of them once.
 
@@ -35,13 +38,16 @@ def session(
         A ready session.
 
     Raises:
-        QbbError: the file breaks a rule of the gate, the library is missing, or ONNX Runtime refuses the model.
+        QbbError: unknown device or mode, the file breaks a rule of the gate, the library is missing, or ONNX Runtime
+            refuses the model.
     """
     if device not in _PROVIDERS:
         raise QbbError("unknown device", where="device", expected=" or ".join(sorted(_PROVIDERS)), got=device)
     path = Path(path)
     model = gate.check(path, data=check_data)
     options = options or onnxruntime.SessionOptions()
+    if mode is not None:
+        options.add_session_config_entry("qbb.mode", MODES[mode_number(mode)])  # read when the library is registered
     if library and binary_basis_nodes(model):
         options.register_custom_ops_library(str(library_info().path))
     try:

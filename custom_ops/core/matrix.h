@@ -3,11 +3,17 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "core/spec.h"
 #include "core/tiled.h"
 
 namespace qbb::core {
+
+struct Free {
+  bool huge = false;  // allocated at a huge page
+  void operator()(void* p) const;
+};
 
 class Matrix {
  public:
@@ -16,14 +22,12 @@ class Matrix {
   const Tiled& tiled() const { return tiled_; }
 
  private:
-  struct Free {
-    void operator()(void* p) const;
-  };
   using Buffer = std::unique_ptr<void, Free>;
 
   static Buffer allocate(int64_t bytes);
 
   Buffer planes_, scales_, offset_, bias_;  // empty where the caller's memory is used
+  std::vector<Segment> segments_;
   Tiled tiled_{};
 };
 

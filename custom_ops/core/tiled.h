@@ -8,6 +8,15 @@
 
 namespace qbb::core {
 
+constexpr int kSegmentWords = 8;
+
+// Inputs that are summed up before they are scaled: those of one group, ending at multiples of 8 words.
+struct Segment {
+  int64_t first;  // word
+  int words;
+  int64_t group;
+};
+
 struct Tiled {
   int64_t K, N, bases;
   int64_t words, groups, tiles;
@@ -17,13 +26,16 @@ struct Tiled {
   bool half_scales;        // scales are float16, else float32
   const float* offset;     // [tiles, groups, 16], or NULL for none
   const float* bias;       // [N], or NULL for none
+  const Segment* segments;
+  int64_t num_segments;
 };
 
 constexpr int64_t kMaxTaskTiles = 32;  // tiles in a task: bounds the accumulators that it keeps on its stack
 constexpr int64_t kTaskRows = 32;      // rows of X in a task
 
-// From so many rows of X on, weights are made floats first (cpu/expand_kernel.h).
+// From so many rows of X on, weights are made floats or bytes first (cpu/expand_kernel.h, cpu/byte_product_kernel.h).
 constexpr int64_t kManyRows = 16;
+constexpr int64_t kByteProductRows = 512;  // rows of X that are bytes at a time
 constexpr int64_t kManyTaskRows = 128;
 constexpr int64_t kManyTaskTiles = 8;  // with the rows: 64 KB of sums on the stack
 

@@ -8,14 +8,18 @@
 
 namespace qbb::cpu {
 
-#define QBB_KERNEL(name, available) void run_##name(const Block&);
+#define QBB_KERNEL(name, available, floats, bytes) \
+  void run_floats_##floats(const Block&);          \
+  void prepare_##bytes(const Block&);              \
+  void run_bytes_##bytes(const Block&);
 #include "cpu/kernels.inc"
 #undef QBB_KERNEL
 
 namespace {
 
 const Kernel kKernels[] = {
-#define QBB_KERNEL(name, available) {#name, []() -> bool { return available; }, run_##name},
+#define QBB_KERNEL(name, available, floats, bytes) \
+  {#name, []() -> bool { return available; }, run_floats_##floats, prepare_##bytes, run_bytes_##bytes},
 #include "cpu/kernels.inc"
 #undef QBB_KERNEL
 };

@@ -10,7 +10,9 @@ namespace qbb::cpu {
 struct Kernel {
   const char* name;
   bool (*available)();
-  void (*run)(const Block&);
+  void (*run_floats)(const Block&);
+  void (*prepare)(const Block&);
+  void (*run_bytes)(const Block&);
 };
 
 int32_t num_kernels();

@@ -15,29 +15,66 @@ namespace {
 constexpr int kBlockWords = 4;  // words of K at a time: weights of two tiles take 16 KB, 128 rows of X 64 KB
 constexpr int kBlockInputs = kBlockWords * QBB_WORD_BITS;
 
-// The input that a bit of a word stands for (layout 1, format.h).
-constexpr int input_of(int bit) { return bit / 8 * 4 + bit % 4 + bit / 4 % 2 * 16; }
+// Adds B bases of one word of a tile to out [32, stride]; kFirst: out holds nothing yet. z: the offset, or NULL.
+template <class V, int B, bool kFirst>
+QBB_INLINE void expand_bases(const uint32_t* words, int64_t plane, const typename V::Lanes* scales,
+                             const typename V::Lanes* z, float* out, int64_t stride) {
+  typename V::Words word[B];
+  for (int b = 0; b < B; ++b) word[b] = V::load_words(words + b * plane);
+  for (int nibble = kNibbles - 1; nibble >= 0; --nibble) {  // layout 1, format.h; the bit of interest moves to the top
+    float* four = out + (nibble / 2 * 4 + nibble % 2 * 16) * stride;
+    for (int i = 3; i >= 0; --i) {
+      float* to = four + i * stride;
+      typename V::Lanes weight = V::with_top_sign(word[0], scales[0]);
+      if constexpr (!kFirst) weight = V::add(V::load(to), weight);
+      word[0] = V::shift_left(word[0]);
+      for (int b = 1; b < B; ++b) {
+        weight = V::add(weight, V::with_top_sign(word[b], scales[b]));
+        word[b] = V::shift_left(word[b]);
+      }
+      if (z != nullptr) weight = V::add(weight, *z);
+      V::store(to, weight);
+    }
+  }
+}
+
+template <class V, bool kFirst>
+QBB_INLINE void expand_some(int64_t bases, const uint32_t* words, int64_t plane, const typename V::Lanes* scales,
+                            const typename V::Lanes* z, float* out, int64_t stride) {
+  if constexpr (V::kExpandBases >= 4) {
+    if (bases == 4) return expand_bases<V, 4, kFirst>(words, plane, scales, z, out, stride);
+    if (bases == 3) return expand_bases<V, 3, kFirst>(words, plane, scales, z, out, stride);
+  }
+  if constexpr (V::kExpandBases >= 2) {
+    if (bases == 2) return expand_bases<V, 2, kFirst>(words, plane, scales, z, out, stride);
+  }
+  expand_bases<V, 1, kFirst>(words, plane, scales, z, out, stride);
+}
 
 // Words first_word .. first_word + words of one tile as floats: [words * 32, stride].
 template <class V>
 QBB_NOINLINE void expand(const core::Tiled& w, int64_t tile, int64_t first_word, int words, float* out,
                          int64_t stride) {
+  constexpr int64_t B = V::kExpandBases;
+  const int64_t plane = w.tiles * w.words * kLanes;
   for (int i = 0; i < words; ++i, out += QBB_WORD_BITS * stride) {
     const int64_t group = (first_word + i) / w.group_words;
-    for (int64_t b = 0; b < w.bases; ++b) {
-      const int64_t at = b * w.tiles + tile;
-      const typename V::Lanes scale = load_scales<V>(w, (at * w.groups + group) * kLanes);
-      typename V::Words word = V::load_words(w.planes + (at * w.words + first_word + i) * kLanes);
-      for (int bit = QBB_WORD_BITS - 1; bit >= 0; --bit) {  // the bit of interest moves to the top
-        float* to = out + input_of(bit) * stride;
-        const typename V::Lanes weight = V::with_top_sign(word, scale);
-        V::store(to, b == 0 ? weight : V::add(V::load(to), weight));
-        word = V::shift_left(word);
+    typename V::Lanes z = V::zero();
+    if (w.offset != nullptr) z = V::load(w.offset + (tile * w.groups + group) * kLanes);
+    const uint32_t* from = w.planes + (tile * w.words + first_word + i) * kLanes;
+    for (int64_t b = 0; b < w.bases; b += B, from += B * plane) {
+      const int64_t count = w.bases - b < B ? w.bases - b : B;
+      typename V::Lanes scales[B];
+      for (int64_t j = 0; j < count; ++j) {
+        scales[j] = load_scales<V>(w, (((b + j) * w.tiles + tile) * w.groups + group) * kLanes);
+      }
+      const typename V::Lanes* last = w.offset != nullptr && b + count == w.bases ? &z : nullptr;
+      if (b == 0) {
+        expand_some<V, true>(count, from, plane, scales, last, out, stride);
+      } else {
+        expand_some<V, false>(count, from, plane, scales, last, out, stride);
       }
     }
-    if (w.offset == nullptr) continue;
-    const typename V::Lanes z = V::load(w.offset + (tile * w.groups + group) * kLanes);
-    for (int k = 0; k < QBB_WORD_BITS; ++k) V::store(out + k * stride, V::add(V::load(out + k * stride), z));
   }
 }
 
@@ -106,9 +143,10 @@ QBB_NOINLINE void run_many_rows(const Block& k) {
   }
 }
 
+// The function of cpu/<isa>.cc.
 template <class V>
-QBB_INLINE void run(const Block& k) {
-  if (k.many_rows) {
+QBB_INLINE void run_floats(const Block& k) {
+  if (k.path == Path::kFloatProduct) {
     run_many_rows<V>(k);
   } else {
     run_block<V>(k);

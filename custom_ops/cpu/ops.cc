@@ -1,9 +1,11 @@
 // The C interface of include/qbb/ops.h on top of the core and the CPU kernels.
 #include "qbb/ops.h"
 
+#include <algorithm>
 #include <cstring>
 #include <exception>
 #include <limits>
+#include <memory>
 #include <new>
 #include <string>
 
@@ -13,15 +15,17 @@
 #include "cpu/dispatch.h"
 
 struct qbb_kernel {
-  qbb_kernel(const qbb_matrix& m, const qbb::cpu::Kernel& k) : matrix(m), kernel(k) {}
+  qbb_kernel(const qbb_matrix& m, int32_t a_mode, const qbb::cpu::Kernel& k) : matrix(m), mode(a_mode), kernel(k) {}
 
   const qbb::core::Matrix matrix;
+  const int32_t mode;
   const qbb::cpu::Kernel& kernel;
 };
 
 namespace {
 
 using qbb::core::Error;
+using qbb::cpu::Path;
 
 void write(char* error, size_t size, const char* text) {
   if (error == nullptr || size == 0) return;
@@ -53,24 +57,95 @@ void need(const void* pointer, const char* name) {
   if (pointer == nullptr) throw Error(std::string("missing argument ") + name, "a pointer", "NULL");
 }
 
+// A matrix times some rows of X, cut into tasks.
 struct Run {
-  const qbb_kernel* kernel;
+  const qbb::cpu::Kernel* kernel;
   qbb::core::Partition partition;
-  const void* x;
-  void* y;
-  bool half;
-  int64_t M;
+  int64_t segments_per_task;
+  qbb::cpu::Block all;
 };
 
-void run_task(void* arg, int64_t i) {
+void product_task(void* arg, int64_t i) {
   const Run& run = *static_cast<const Run*>(arg);
-  const qbb::core::Tiled& w = run.kernel->matrix.tiled();
   // Neighbouring tasks share a chunk of weights, so that it is still in a cache when the next block of rows wants it.
-  const int64_t row = i % run.partition.row_blocks * run.partition.rows;
-  const int64_t tile = i / run.partition.row_blocks * run.partition.chunk;
-  const int64_t rows = run.M - row < run.partition.rows ? run.M - row : run.partition.rows;
-  const int64_t tiles = w.tiles - tile < run.partition.chunk ? w.tiles - tile : run.partition.chunk;
-  run.kernel->kernel.run(qbb::cpu::Block{&w, run.x, run.y, run.half, row, rows, tile, tiles, run.partition.many_rows});
+  qbb::cpu::Block block = run.all;
+  block.row = i % run.partition.row_blocks * run.partition.rows;
+  block.tile = i / run.partition.row_blocks * run.partition.chunk;
+  block.rows = std::min(run.all.M - block.row, run.partition.rows);
+  block.tiles = std::min(run.all.w->tiles - block.tile, run.partition.chunk);
+  const bool floats = block.path == Path::kFloatTables || block.path == Path::kFloatProduct;
+  (floats ? run.kernel->run_floats : run.kernel->run_bytes)(block);
+}
+
+void prepare_task(void* arg, int64_t i) {
+  const Run& run = *static_cast<const Run*>(arg);
+  qbb::cpu::Block block = run.all;
+  block.segment = i * run.segments_per_task;
+  block.segments = std::min(block.w->num_segments - block.segment, run.segments_per_task);
+  block.rows = block.M;
+  run.kernel->prepare(block);
+}
+
+Path path_of(int32_t mode, int64_t M) {
+  const bool many = M >= qbb::core::kManyRows;
+  switch (mode) {
+    case QBB_MODE_INT8: return many ? Path::kByteProduct : Path::kByteTables;
+    case QBB_MODE_INT16: return many ? Path::kFloatProduct : Path::kWordTables;  // nothing to gain from 16 bits there
+    default: return many ? Path::kFloatProduct : Path::kFloatTables;
+  }
+}
+
+// Memory for the activations of an integer mode, in one piece.
+class Scratch {
+ public:
+  Scratch(const qbb::core::Tiled& w, int64_t M, Path path) {
+    const int64_t inputs = w.words * QBB_WORD_BITS * M;
+    const int64_t codes = path == Path::kByteProduct ? inputs : inputs * (path == Path::kWordTables ? 8 : 4);
+    const int64_t numbers = w.num_segments * M;
+    memory_.reset(::operator new(static_cast<size_t>(codes + 8 * numbers), kAlignment));
+    activations.codes = static_cast<uint8_t*>(memory_.get());
+    activations.steps = reinterpret_cast<float*>(activations.codes + codes);
+    activations.totals = reinterpret_cast<int32_t*>(activations.steps + numbers);
+  }
+
+  qbb::cpu::Activations activations{};
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(void* p) const { ::operator delete(p, kAlignment); }
+  };
+  std::unique_ptr<void, Free> memory_;
+};
+
+void for_all(int64_t count, void (*task)(void* arg, int64_t i), Run* run, qbb_parallel_for parallel_for, void* pool) {
+  if (parallel_for == nullptr || count == 1) {
+    for (int64_t i = 0; i < count; ++i) task(run, i);
+  } else {
+    parallel_for(pool, count, task, run);
+  }
+}
+
+void run_rows(const qbb_kernel& kernel, Path path, bool half, int64_t M, const void* x, void* y,
+              qbb_parallel_for parallel_for, void* pool) {
+  const qbb::core::Tiled& w = kernel.matrix.tiled();
+  const bool many = path == Path::kFloatProduct || path == Path::kByteProduct;
+  Run run{&kernel.kernel, qbb::core::partition(w, M, many), 0, {}};
+  run.all.w = &w;
+  run.all.x = x;
+  run.all.y = y;
+  run.all.half = half;
+  run.all.M = M;
+  run.all.path = path;
+  std::unique_ptr<Scratch> scratch;
+  if (path != Path::kFloatTables && path != Path::kFloatProduct) {
+    scratch.reset(new Scratch(w, M, path));
+    run.all.a = scratch->activations;
+    run.segments_per_task = qbb::core::segments_per_task(w, M);
+    const int64_t tasks = (w.num_segments + run.segments_per_task - 1) / run.segments_per_task;
+    for_all(tasks, prepare_task, &run, parallel_for, pool);
+  }
+  for_all(run.partition.tasks(), product_task, &run, parallel_for, pool);
 }
 
 }  // namespace
@@ -84,13 +159,16 @@ qbb_status qbb_matrix_validate(const qbb_matrix* matrix, char* error, size_t err
   });
 }
 
-qbb_status qbb_kernel_create(const qbb_matrix* matrix, const char* isa, qbb_kernel** kernel, char* error,
+qbb_status qbb_kernel_create(const qbb_matrix* matrix, int32_t mode, const char* isa, qbb_kernel** kernel, char* error,
                              size_t error_size) {
   return guard(error, error_size, [&] {
     need(kernel, "kernel");
     *kernel = nullptr;
     need(matrix, "matrix");
-    *kernel = new qbb_kernel(*matrix, qbb::cpu::select_kernel(isa));
+    if (mode < 0 || mode >= QBB_NUM_MODES) {
+      throw Error("unknown mode", "0 (exact), 1 (int8) or 2 (int16)", std::to_string(mode));
+    }
+    *kernel = new qbb_kernel(*matrix, mode, qbb::cpu::select_kernel(isa));
   });
 }
 
@@ -111,12 +189,13 @@ qbb_status qbb_kernel_run(const qbb_kernel* kernel, int32_t x_dtype, int64_t M, 
     if (M == 0) return;
     need(x, "x");
     need(y, "y");
-    Run run{kernel, qbb::core::partition(w, M), x, y, x_dtype == QBB_FLOAT16, M};
-    const int64_t tasks = run.partition.tasks();
-    if (parallel_for == nullptr || tasks == 1) {
-      for (int64_t i = 0; i < tasks; ++i) run_task(&run, i);
-    } else {
-      parallel_for(pool, tasks, run_task, &run);
+    const Path path = path_of(kernel->mode, M);
+    const bool half = x_dtype == QBB_FLOAT16;
+    const int64_t element = half ? 2 : 4;
+    const int64_t step = path == Path::kByteProduct ? qbb::core::kByteProductRows : M;
+    for (int64_t row = 0; row < M; row += step) {
+      run_rows(*kernel, path, half, std::min(M - row, step), static_cast<const char*>(x) + row * w.K * element,
+               static_cast<char*>(y) + row * w.N * element, parallel_for, pool);
     }
   });
 }

@@ -34,7 +34,7 @@ namespace {
 constexpr int kLanes = QBB_TILE_ROWS;
 constexpr int kNibbles = QBB_WORD_BITS / 4;
 constexpr int kWordTables = kNibbles * 16;  // floats that the tables of one word take
-constexpr int kSegmentWords = 8;
+constexpr int kSegmentWords = core::kSegmentWords;
 constexpr int kTableWords = 64;  // 32 KB of tables: they stay in a 48 KB L1 next to the weights that stream past
 constexpr int kPrefetchWords = 24;  // of each basis: hardware alone does not keep up with 1..8 streams that end at tiles
 
@@ -62,16 +62,31 @@ QBB_INLINE void load_inputs(const Block& k, int64_t row, int64_t word, float* ou
   const int64_t left = k.w->K - first;
   const int count = left < QBB_WORD_BITS ? static_cast<int>(left) : QBB_WORD_BITS;
   const int64_t at = row * k.w->K + first;
+  const bool whole = count == QBB_WORD_BITS;
   if (k.half) {
-    uint16_t x[QBB_WORD_BITS] = {};
     const uint16_t* from = static_cast<const uint16_t*>(k.x) + at;
-    memcpy(x, from, static_cast<size_t>(count) * sizeof *x);
-    for (int i = 0; i < QBB_WORD_BITS; i += kLanes) V::store(out + i, V::load_half(x + i));
+    uint16_t padded[QBB_WORD_BITS];
+    if (!whole) {
+      memset(padded, 0, sizeof padded);
+      memcpy(padded, from, static_cast<size_t>(count) * sizeof *padded);
+      from = padded;
+    }
+    for (int i = 0; i < QBB_WORD_BITS; i += kLanes) V::store(out + i, V::load_half(from + i));
   } else {
     const float* from = static_cast<const float*>(k.x) + at;
-    for (int i = 0; i < QBB_WORD_BITS; ++i) out[i] = 0;
-    memcpy(out, from, static_cast<size_t>(count) * sizeof *out);
+    if (whole) {
+      for (int i = 0; i < QBB_WORD_BITS; i += kLanes) V::store(out + i, V::load(from + i));
+    } else {
+      memset(out, 0, QBB_WORD_BITS * sizeof *out);
+      memcpy(out, from, static_cast<size_t>(count) * sizeof *out);
+    }
   }
+}
+
+// The entry of V::table with four plus signs. A V whose tables have a form of their own says here where it is.
+template <class V>
+QBB_INLINE float all_plus(const float* table) {
+  return table[15];
 }
 
 template <class V, int R>
@@ -96,8 +111,9 @@ QBB_NOINLINE void build_tables(const Block& k, int64_t row, int64_t first_word, 
         load_inputs<V>(k, row + r, first_word + w, x);
         float* table = t.sums + (w * R + r) * kWordTables;
         for (int n = 0; n < kNibbles; ++n) V::store(table + n * 16, V::table(x + (n & 1) * 16 + (n >> 1) * 4));
-        const float* all = table + 15;  // the entry with four plus signs; order: as for the words of a segment
-        total += ((all[0] + all[16]) + (all[32] + all[48])) + ((all[64] + all[80]) + (all[96] + all[112]));
+        float sum[kNibbles];  // order: as for the words of a segment
+        for (int n = 0; n < kNibbles; ++n) sum[n] = all_plus<V>(table + n * 16);
+        total += ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
       }
       t.totals[s * R + r] = total;
     }

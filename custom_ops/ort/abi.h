@@ -78,6 +78,8 @@ inline constexpr Call<91, KernelContext*, size_t, const int64_t*, size_t, Value*
 inline constexpr Fn<93, void, Status*> ReleaseStatus;
 inline constexpr Fn<99, void, TensorInfo*> ReleaseTensorTypeAndShapeInfo;
 inline constexpr Call<230, const KernelInfo*, size_t*> KernelInfo_GetInputCount;
+inline constexpr Call<237, const SessionOptions*, const char*, int*> HasSessionConfigEntry;
+inline constexpr Call<238, const SessionOptions*, const char*, char*, size_t*> GetSessionConfigEntry;
 inline constexpr Call<244, const KernelInfo*, char*, size_t*> KernelInfo_GetNodeName;
 inline constexpr Call<249, const KernelInfo*, size_t, int*, const Value**> KernelInfoGetConstantInput_tensor;
 // The object that this hands out belongs to the context: releasing it crashes.

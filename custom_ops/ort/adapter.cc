@@ -1,8 +1,9 @@
 // ONNX Runtime on one side, include/qbb/ops.h on the other. No arithmetic here.
 //
 // ONNX Runtime matches a node to a custom op by the types of its inputs, and older versions cannot leave a type open.
-// So four ops of one name are registered: X float32 or float16, times S float32 or float16.
-#include <cstdio>
+// So four ops of one name are registered: X float32 or float16, times S float32 or float16. A session that overrides the
+// mode of its nodes gets four of its own.
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -18,9 +19,14 @@ namespace {
 constexpr size_t kX = 0, kB = 1, kS = 2, kZ = 3, kC = 4, kInputs = 5;
 const char* const kInputNames[kInputs] = {"X", "B (planes)", "S (scales)", "Z (offset)", "C (bias)"};
 
+constexpr int64_t kModeOfNode = -1;
+const char* const kModeEntry = "qbb.mode";
+const char* const kModes[QBB_NUM_MODES] = {"exact", "int8", "int16"};
+
 struct Op : CustomOp {
   const Api* api;
   ElementType x, s;
+  int64_t mode;  // of all nodes of the session, or kModeOfNode
 };
 
 // Holds a failed status of the runtime, or a mistake of ours, on its way to the caller.
@@ -126,6 +132,16 @@ int64_t attribute(const Api* api, const KernelInfo* info, const char* name) {
   return value;
 }
 
+// The mode of a node: the session's, else its own, else exact.
+int64_t mode_of(const Op& op, const KernelInfo* info) {
+  if (op.mode != kModeOfNode) return op.mode;
+  int64_t value = QBB_MODE_EXACT;
+  Status* status = KernelInfoGetAttribute_int64(op.api, info, "mode", &value);
+  if (status == nullptr) return value;
+  ReleaseStatus(op.api, status);
+  return QBB_MODE_EXACT;
+}
+
 // A constant input as the core wants it. `dims` owns what the tensor points at.
 qbb_tensor constant(const Api* api, const KernelInfo* info, size_t index, std::vector<int64_t>* dims) {
   int is_constant = 0;
@@ -167,9 +183,12 @@ Status* QBB_ORT_CALL create(const CustomOp* op, const Api* api, const KernelInfo
                             constant(api, info, kS, &dims[kS]),
                             constant(api, info, kZ, &dims[kZ]),
                             constant(api, info, kC, &dims[kC])};
-    std::unique_ptr<Kernel> kernel(new Kernel{api, where, static_cast<const Op*>(op)->x, matrix.K, matrix.N});
+    const Op& ours = *static_cast<const Op*>(op);
+    std::unique_ptr<Kernel> kernel(new Kernel{api, where, ours.x, matrix.K, matrix.N});
+    const int64_t mode = mode_of(ours, info);
+    const int32_t narrow = mode < 0 || mode >= QBB_NUM_MODES ? QBB_NUM_MODES : static_cast<int32_t>(mode);
     char error[512];
-    check(qbb_kernel_create(&matrix, nullptr, &kernel->kernel, error, sizeof error), error);
+    check(qbb_kernel_create(&matrix, narrow, nullptr, &kernel->kernel, error, sizeof error), error);
     *out = kernel.release();
   });
 }
@@ -261,7 +280,7 @@ Status* QBB_ORT_CALL infer_shape(const CustomOp* op, ShapeContext* context) {
   });
 }
 
-Op make_op(const Api* api, ElementType x, ElementType s) {
+Op make_op(const Api* api, ElementType x, ElementType s, int64_t mode) {
   Op op{};
   op.version = kApiVersion;
   op.GetName = [](const CustomOp*) -> const char* { return QBB_OP_TYPE; };
@@ -289,33 +308,52 @@ Op make_op(const Api* api, ElementType x, ElementType s) {
   op.api = api;
   op.x = x;
   op.s = s;
+  op.mode = mode;
   return op;
 }
 
-// One set of ops for each runtime in the process. Sessions keep pointers to them and nothing tells when the last one
+// One set of ops for each runtime in the process and each mode. Sessions keep pointers to them and nothing tells when the last one
 // is gone, so they are never freed; registering again adds nothing.
 struct Registration {
   const Api* api;
+  int64_t mode;
   CustomOpDomain* domain = nullptr;
   Op ops[4];
 };
 
-CustomOpDomain* domain_for(const Api* api) {
+CustomOpDomain* domain_for(const Api* api, int64_t mode) {
   static std::mutex mutex;
   static auto* all = new std::vector<Registration*>();
   const std::lock_guard<std::mutex> lock(mutex);
   for (const Registration* r : *all) {
-    if (r->api == api) return r->domain;
+    if (r->api == api && r->mode == mode) return r->domain;
   }
-  std::unique_ptr<Registration> r(new Registration{api,
-                                                   nullptr,
-                                                   {make_op(api, kFloat, kFloat16), make_op(api, kFloat, kFloat),
-                                                    make_op(api, kFloat16, kFloat16), make_op(api, kFloat16, kFloat)}});
+  std::unique_ptr<Registration> r(
+      new Registration{api,
+                       mode,
+                       nullptr,
+                       {make_op(api, kFloat, kFloat16, mode), make_op(api, kFloat, kFloat, mode),
+                        make_op(api, kFloat16, kFloat16, mode), make_op(api, kFloat16, kFloat, mode)}});
   all->reserve(all->size() + 1);
   check(api, CreateCustomOpDomain(api, QBB_DOMAIN, &r->domain));
   for (const Op& op : r->ops) check(api, CustomOpDomain_Add(api, r->domain, &op));
   all->push_back(r.get());
   return r.release()->domain;
+}
+
+// What a session says about the mode of its nodes.
+int64_t session_mode(const Api* api, const SessionOptions* options) {
+  int found = 0;
+  check(api, HasSessionConfigEntry(api, options, kModeEntry, &found));
+  if (found == 0) return kModeOfNode;
+  char text[64] = "";
+  size_t size = sizeof text;
+  check(api, GetSessionConfigEntry(api, options, kModeEntry, text, &size));
+  for (int64_t mode = 0; mode < QBB_NUM_MODES; ++mode) {
+    if (std::strcmp(text, kModes[mode]) == 0) return mode;
+  }
+  throw Failure(kInvalidArgument,
+                std::string("unknown session config entry ") + kModeEntry + "; expected exact, int8 or int16; got " + text);
 }
 
 }  // namespace
@@ -332,5 +370,5 @@ extern "C" QBB_EXPORT qbb::ort::Status* QBB_ORT_CALL RegisterCustomOps(qbb::ort:
         std::string("qbb: ONNX Runtime too old; expected 1.17 or newer; got ") + base->get_version();
     return CreateStatus(base->get_api(1), kNotImplemented, text.c_str());
   }
-  return guard(api, "qbb", [&] { check(api, AddCustomOpDomain(api, options, domain_for(api))); });
+  return guard(api, "qbb", [&] { check(api, AddCustomOpDomain(api, options, domain_for(api, session_mode(api, options)))); });
 }

@@ -56,6 +56,8 @@ QBB_CHECK(KernelContext_GetOutput);
 QBB_CHECK(ReleaseStatus);
 QBB_CHECK(ReleaseTensorTypeAndShapeInfo);
 QBB_CHECK(KernelInfo_GetInputCount);
+QBB_CHECK(HasSessionConfigEntry);
+QBB_CHECK(GetSessionConfigEntry);
 QBB_CHECK(KernelInfo_GetNodeName);
 QBB_CHECK(KernelInfoGetConstantInput_tensor);
 QBB_CHECK(ShapeInferContext_GetInputTypeShape);

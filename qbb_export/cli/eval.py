@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qbb_export.cli.terminal import progress_bars
+from qbb_export.format import MODES
 
 if TYPE_CHECKING:
     from qbb_export.evaluate import EncoderResult, LanguageResult
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json (default: the models' own)")
     add("--device", default="cpu", help="where PyTorch runs folders and hub ids: cpu, cuda, … (default cpu)")
     add("--no-library", action="store_true", help="run the function body instead of our kernel")
+    add("--mode", choices=MODES, help="activations in our kernels (default: as the file says)")
     add("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -53,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
             max_windows=options.windows,
             tokenizer=options.tokenizer,
             library=not options.no_library,
+            mode=options.mode,
             device=options.device,
             on_step=tell,
         )

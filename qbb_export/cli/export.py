@@ -11,6 +11,7 @@ from rich.table import Table
 
 from qbb_export.cli.terminal import EXIT_DISAGREES, SPEAKS, progress_bars
 from qbb_export.errors import QbbError
+from qbb_export.format import MODES
 
 if TYPE_CHECKING:
     from qbb_export.pipeline import ExportReport
@@ -65,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loading.add_argument("--config", type=Path, metavar="DIR", help="Hugging Face folder that fits a state dict")
     loading.add_argument("--input", action="append", default=[], metavar="NAME:DTYPE[DIMS]", help="a graph input")
     loading.add_argument("--trust-pickle", action="store_true", help="allow a file that runs code when it is loaded")
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default="exact",
+        help="activations: as they are, or rounded per group to 8 or 16 bits: faster on CPUs (default: exact)",
+    )
     parser.add_argument("--layout", choices=("tiled", "rows"), default="tiled", help="order of the packed words")
     parser.add_argument("--no-fuse", action="store_true", help="keep layers apart that share their input (q, k, v)")
     parser.set_defaults(run=run)
@@ -90,6 +97,7 @@ def run(options: argparse.Namespace) -> int:
         load=LoadOptions(
             options.model, options.config, options.trust_pickle, tuple(InputSpec.parse(text) for text in options.input)
         ),
+        mode=options.mode,
         layout=LAYOUT_TILED if options.layout == "tiled" else LAYOUT_ROWS,
         fuse=not options.no_fuse,
         device=options.device or default_device(options.source),

@@ -37,6 +37,7 @@ def evaluate(
     max_windows: int | None = None,
     tokenizer: Path | None = None,
     library: bool = True,
+    mode: str | None = None,
     device: str = "cpu",
     on_step: OnStep | None = None,
 ) -> list[LanguageResult] | list[EncoderResult]:
@@ -53,6 +54,7 @@ def evaluate(
         max_windows: stop after so many windows or sentences.
         tokenizer: a tokenizer.json; default: the one of the models, which must all read the text as the same tokens.
         library: for .onnx files; False runs the function body instead of our kernel.
+        mode: for .onnx files: of our kernels, see ``format.MODES``; None: as the file says.
         device: for the others: where PyTorch runs them.
         on_step: told the progress.
 
@@ -70,7 +72,7 @@ def evaluate(
     content = read_text(text)  # what can be refused early is refused before a model is opened
     chosen = None if tokenizer is None else given_tokenizer(tokenizer)
     sources = [*models] if reference is None else [reference, *models]
-    runners = _open(sources, library, device)
+    runners = _open(sources, library, mode, device)
     if reference is None and not runners[0].language_model:
         what = "not a language model, and encoders are compared with a reference"
         raise QbbError(what, where=sources[0], expected="an output logits, or --reference MODEL")
@@ -92,11 +94,11 @@ def evaluate(
     return _encoders(runners, sizes, ids, sentences, tell)
 
 
-def _open(sources: Sequence[str | Path], library: bool, device: str) -> list[Runner]:
+def _open(sources: Sequence[str | Path], library: bool, mode: str | None, device: str) -> list[Runner]:
     """All models, which are of one kind."""
     runners: list[Runner] = []
     for source in sources:
-        runners.append(open_runner(source, library=library, device=device))
+        runners.append(open_runner(source, library=library, mode=mode, device=device))
         first, last = runners[0], runners[-1]
         if first.language_model != last.language_model:
             expected = f"{_kind(first)} like {first.source}"

@@ -105,14 +105,16 @@ class OnnxRunner(Runner):
     Args:
         path: the file.
         library: False runs the function body instead of our kernel.
+        mode: of our kernels; None: as the file says.
+        options: ``onnxruntime.SessionOptions``, for the number of threads and the like.
 
     Raises:
         QbbError: ONNX Runtime cannot open it, or it has inputs that cannot be made up from token ids.
     """
 
-    def __init__(self, path: Path, *, library: bool = True) -> None:
+    def __init__(self, path: Path, *, library: bool = True, mode: str | None = None, options: Any = None) -> None:
         self.source = str(path)
-        self._session = ort.session(path, library=library)
+        self._session = ort.session(path, library=library, mode=mode, options=options)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         names = [value.name for value in inputs]
         if "input_ids" not in names:
@@ -148,12 +150,13 @@ class OnnxRunner(Runner):
         return dict(zip(self._wanted, results, strict=True))
 
 
-def open_runner(source: str | Path, *, library: bool = True, device: str = "cpu") -> Runner:
+def open_runner(source: str | Path, *, library: bool = True, mode: str | None = None, device: str = "cpu") -> Runner:
     """Open a model for evaluation.
 
     Args:
         source: an .onnx file, or a Hugging Face folder or hub id.
         library: for .onnx files; False runs the function body instead of our kernel.
+        mode: for .onnx files: of our kernels; None: as the file says.
         device: for the others: ``"cpu"`` or a PyTorch device such as ``"cuda"``.
 
     Raises:
@@ -161,7 +164,7 @@ def open_runner(source: str | Path, *, library: bool = True, device: str = "cpu"
     """
     path = Path(source)
     if path.suffix == ".onnx":
-        return OnnxRunner(path, library=library)
+        return OnnxRunner(path, library=library, mode=mode)
     if path.is_file():
         raise QbbError("cannot be evaluated", where=path, expected="an .onnx file, or a Hugging Face folder or hub id")
     try:

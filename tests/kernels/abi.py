@@ -44,7 +44,13 @@ def library() -> ctypes.CDLL:
     error = [ctypes.c_char_p, ctypes.c_size_t]
     void = ctypes.c_void_p
     lib.qbb_matrix_validate.argtypes = [ctypes.POINTER(Matrix), *error]
-    lib.qbb_kernel_create.argtypes = [ctypes.POINTER(Matrix), ctypes.c_char_p, ctypes.POINTER(void), *error]
+    lib.qbb_kernel_create.argtypes = [
+        ctypes.POINTER(Matrix),
+        ctypes.c_int32,
+        ctypes.c_char_p,
+        ctypes.POINTER(void),
+        *error,
+    ]
     lib.qbb_kernel_run.argtypes = [void, ctypes.c_int32, ctypes.c_int64, void, void, void, void, *error]
     lib.qbb_kernel_destroy.argtypes = [void]
     lib.qbb_kernel_isa.argtypes = [void]
@@ -83,11 +89,11 @@ def matrix(layer: Layer, **changes: int) -> Matrix:
 class Kernel:
     """A kernel of the library. Keeps the arrays alive that it reads in place."""
 
-    def __init__(self, layer: Layer, isa: str | None = None) -> None:
+    def __init__(self, layer: Layer, isa: str | None = None, mode: int = 0) -> None:
         self.layer = layer
         self.handle = ctypes.c_void_p()
         name = None if isa is None else isa.encode()
-        call(library().qbb_kernel_create, ctypes.byref(matrix(layer)), name, ctypes.byref(self.handle))
+        call(library().qbb_kernel_create, ctypes.byref(matrix(layer)), mode, name, ctypes.byref(self.handle))
 
     @property
     def isa(self) -> str:

@@ -45,7 +45,7 @@ def small() -> Layer:
 def create(matrix: abi.Matrix, isa: bytes | None = None) -> ctypes.c_void_p:
     handle = ctypes.c_void_p(1)
     try:
-        abi.call(abi.library().qbb_kernel_create, ctypes.byref(matrix), isa, ctypes.byref(handle))
+        abi.call(abi.library().qbb_kernel_create, ctypes.byref(matrix), 0, isa, ctypes.byref(handle))
     except abi.Failed:
         assert not handle, "a failed creation must leave NULL"
         raise
@@ -142,9 +142,9 @@ def test_missing_arguments() -> None:
     with pytest.raises(abi.Failed, match="missing argument matrix"):
         abi.call(lib.qbb_matrix_validate, None)
     with pytest.raises(abi.Failed, match="missing argument matrix"):
-        abi.call(lib.qbb_kernel_create, None, None, ctypes.byref(handle))
+        abi.call(lib.qbb_kernel_create, None, 0, None, ctypes.byref(handle))
     with pytest.raises(abi.Failed, match="missing argument kernel"):
-        abi.call(lib.qbb_kernel_create, ctypes.byref(abi.matrix(small())), None, None)
+        abi.call(lib.qbb_kernel_create, ctypes.byref(abi.matrix(small())), 0, None, None)
     with pytest.raises(abi.Failed, match="missing argument kernel"):
         abi.call(lib.qbb_kernel_run, None, 1, 0, None, None, None, None)
     lib.qbb_kernel_destroy(None)

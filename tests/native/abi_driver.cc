@@ -75,7 +75,7 @@ void one_matrix() {
   for (int32_t isa = 0; isa < qbb_isa_count(); ++isa) {
     if (!qbb_isa_available(isa)) continue;
     qbb_kernel* kernel = nullptr;
-    if (qbb_kernel_create(&m, qbb_isa_name(isa), &kernel, error, sizeof error) != QBB_OK) fail("create", error);
+    if (qbb_kernel_create(&m, QBB_MODE_EXACT, qbb_isa_name(isa), &kernel, error, sizeof error) != QBB_OK) fail("create", error);
     const qbb_parallel_for pool = pick(0, 1) ? threads_for : nullptr;
     if (qbb_kernel_run(kernel, QBB_FLOAT32, M, x.data.get(), y.data.get(), pool, nullptr, error, sizeof error) != QBB_OK) {
       fail("run", error);
@@ -111,7 +111,7 @@ void one_matrix() {
   const int64_t evil[] = {0, -1, 1 - tiled, INT64_MAX, INT64_MIN, int64_t{1} << 32, K + 32, N + 16, bases + 1};
   *fields[pick(0, 5)] = evil[pick(0, 8)];
   qbb_kernel* kernel = nullptr;
-  if (qbb_kernel_create(&m, nullptr, &kernel, error, sizeof error) != QBB_OK && (kernel != nullptr || !error[0])) {
+  if (qbb_kernel_create(&m, QBB_MODE_EXACT, nullptr, &kernel, error, sizeof error) != QBB_OK && (kernel != nullptr || !error[0])) {
     fail("refusal", "a kernel or no text");
   }
   qbb_kernel_destroy(kernel);

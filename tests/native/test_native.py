@@ -149,7 +149,7 @@ def test_every_isa_file_is_compiled_without_shared_inline_code(tmp_path: Path) -
     nm = shutil.which("nm")
     if nm is None or "avx2" not in library_info().isas:
         pytest.skip("no nm, or no x86 kernels")
-    for name in ("avx2", "avx512"):
+    for name in ("avx2", "avx512", "avx512vnni"):
         flags = isa_flags(name)
         for level in ("-O0", "-O2"):
             out = tmp_path / f"{name}.o"

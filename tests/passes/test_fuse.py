@@ -62,9 +62,21 @@ def test_layers_on_one_input(layout, offset, rows):
     assert FuseLinears()(fused).modified
     assert parts(fused) == [[48, 16, 32]]
     check(fused, dense, rows)
+
+
+@pytest.mark.parametrize("mode", range(3))
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_kernels_give_the_same_bits(mode, rows):
+    """Rows of W are added up on their own, and what becomes of X depends on X alone."""
+    apart, _ = binarized(layers(48, 16, 100), group_size=32)
+    for node in binary_basis_nodes(apart):
+        attribute("mode", mode)(node)
+    fused = apart.clone()
+    FuseLinears()(fused)
+    assert parts(fused) == [[48, 16, 100]]
     x = {"x": RNG.standard_normal((rows, K), dtype=np.float32)}
     for got, expected in zip(run(fused, x, library=True), run(apart, x, library=True), strict=True):
-        np.testing.assert_array_equal(got, expected)  # rows are added up on their own, so bit by bit
+        np.testing.assert_array_equal(got, expected)
 
 
 def test_names():

@@ -32,7 +32,11 @@ enum {
   QBB_LAYOUT_TILED = 1, /* B [bases, T, W, 16], S [bases, T, G, 16], Z [T, G, 16]: read in place */
   QBB_NUM_LAYOUTS = 2,
   QBB_WORD_BITS = 32,
-  QBB_TILE_ROWS = 16
+  QBB_TILE_ROWS = 16,
+  QBB_MODE_EXACT = 0, /* float activations */
+  QBB_MODE_INT8 = 1,  /* activations rounded to 8 bits, for each row of X and each group */
+  QBB_MODE_INT16 = 2, /* the same with 16 bits */
+  QBB_NUM_MODES = 3
 };
 
 #endif /* QBB_FORMAT_H_ */

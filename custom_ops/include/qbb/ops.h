@@ -3,7 +3,7 @@
  *     qbb_matrix m = {...};                                   describe the weights
  *     qbb_kernel* k = NULL;
  *     char error[512];
- *     if (qbb_kernel_create(&m, NULL, &k, error, sizeof error) != QBB_OK) ...
+ *     if (qbb_kernel_create(&m, QBB_MODE_EXACT, NULL, &k, error, sizeof error) != QBB_OK) ...
  *     qbb_kernel_run(k, QBB_FLOAT32, M, x, y, NULL, NULL, error, sizeof error);
  *     qbb_kernel_destroy(k);
  *
@@ -72,15 +72,18 @@ QBB_EXPORT qbb_status qbb_matrix_validate(const qbb_matrix* matrix, char* error,
 /* Validates and makes a kernel.
  *
  * Weights in layout 1 are used in place and must outlive the kernel; layout 0 is repacked into memory of the kernel.
+ * mode: QBB_MODE_EXACT, or QBB_MODE_INT8 or QBB_MODE_INT16 to round activations (docs/format.md, "Modes").
  * isa: a name of qbb_isa_name, or NULL for the environment variable QBB_ISA, or the best for this CPU where that is
  * unset or empty. An unknown or unavailable one is an error, never replaced by another. */
-QBB_EXPORT qbb_status qbb_kernel_create(const qbb_matrix* matrix, const char* isa, qbb_kernel** kernel, char* error,
-                                        size_t error_size);
+QBB_EXPORT qbb_status qbb_kernel_create(const qbb_matrix* matrix, int32_t mode, const char* isa, qbb_kernel** kernel,
+                                        char* error, size_t error_size);
 
 /* y [M, N] = op(x [M, K]); both have type x_dtype (float32 or float16) and are dense. M may be 0.
  *
- * Nothing is allocated: a task uses about 50 KB of its thread's stack. The bytes of y depend neither on the threads
- * nor on the ISA, nor do those of one row on the other rows. Several threads may run one kernel at a time.
+ * A task uses up to 150 KB of its thread's stack. Exact mode allocates nothing; integer modes take 4 (int8) or 8 (int16)
+ * bytes for each of up to 15 rows of X at a time, or 1 for each element of a larger X, and give them back.
+ * The bytes of y depend neither on the threads nor on the ISA. Those of one row depend on the number of other rows only
+ * through the choice between few and many (16). Several threads may run one kernel at a time.
  * parallel_for: NULL runs everything on the calling thread. */
 QBB_EXPORT qbb_status qbb_kernel_run(const qbb_kernel* kernel, int32_t x_dtype, int64_t M, const void* x, void* y,
                                      qbb_parallel_for parallel_for, void* pool, char* error, size_t error_size);

@@ -1,0 +1,219 @@
+// Few rows of X in integer modes: table_kernel.h with whole numbers of one or two bytes for the entries of its tables.
+//
+// Numerics, for each row of X and each segment (the inputs of a group, at most 256):
+//   1. q    = largest |x0|+|x1|+|x2|+|x3| of its quads;  step = q / 32512
+//   2. x'   = x * (32512 / q), rounded to the nearest whole number
+//   3. t    = +-x0' +-x1' +-x2' +-x3', 16 bits and exact. int16 mode looks up t; int8 mode (t + 128) >> 8 in its place
+//   4. p_b  = sum of what is looked up, exact
+//   5. c    = fma(s_b, p_b, c) for b = 0, 1, ..., from 0; then fma(z, sum of all x', c)
+//   6. acc  = fma(c, step, acc); in the end acc + bias, rounded once to the type of Y
+// Sums of whole numbers do not depend on their order, so every ISA gives the same bits by construction.
+//
+// 16 inputs make one 64-byte table: entries j*16 .. j*16+15 are the sums of quad j. A byte j of a weight word then picks
+// its entry by one of its nibbles, for four quads at a time. Entries of two bytes are two such tables, high and low.
+#pragma once
+
+#include "cpu/table_kernel.h"
+
+namespace qbb::cpu {
+namespace {
+
+constexpr float kLargest = 32512;          // of a sum: 127 * 256, so that rounding to a byte never leaves -127..127
+constexpr float kTiny = 0x1p-100f;         // segments below count as zero: 1 / q stays finite
+constexpr int kTableBytes = 2 * 64;        // of one word and one byte of the entries
+constexpr int kBlockTableBytes = 32 << 10;  // of tables at a time: they stay in L1 next to the weights that stream past
+// What is asked for ahead, all bases together: memory answers after some 100 ns, in which it could deliver 3 KB.
+constexpr int64_t kAheadWords = 144;
+constexpr int64_t kAheadScales = 16 * kLanes;
+
+struct Step {
+  float value, inverse;  // inverse 0: all inputs count as 0
+};
+
+// Inputs of one segment in x, and the value of 1 if their largest is to become `codes`: the largest |x|, or the largest
+// sum of four (`kQuads`).
+template <class V, bool kQuads>
+QBB_INLINE Step load_segment(const Block& k, int64_t row, const core::Segment& segment, float codes, float* x) {
+  typename V::Lanes largest = V::zero(), probe = V::zero();
+  for (int w = 0; w < segment.words; ++w, x += QBB_WORD_BITS) {
+    load_inputs<V>(k, row, segment.first + w, x);
+    for (int i = 0; i < QBB_WORD_BITS; i += kLanes) {
+      typename V::Lanes a = V::abs(V::load(x + i));
+      if constexpr (kQuads) a = V::quad_sums(a);
+      largest = V::max(a, largest);
+      probe = V::fma(a, V::zero(), probe);  // NaN where a is not finite
+    }
+  }
+  if (!V::all_zero(probe)) return {__builtin_nanf(""), 0};
+  const float q = V::largest(largest);
+  return q < kTiny ? Step{0, 0} : Step{q / codes, codes / q};
+}
+
+// Tables of the segments of a block, for its rows.
+template <class V, int kBytes>
+QBB_NOINLINE void build_byte_tables(const Block& k) {
+  alignas(64) float x[core::kSegmentWords * QBB_WORD_BITS];
+  alignas(64) int16_t codes[core::kSegmentWords * QBB_WORD_BITS];
+  for (int64_t s = k.segment; s < k.segment + k.segments; ++s) {
+    const core::Segment& segment = k.w->segments[s];
+    for (int64_t row = k.row; row < k.row + k.rows; ++row) {
+      const Step step = load_segment<V, true>(k, row, segment, kLargest, x);
+      const typename V::Lanes inverse = V::splat(step.inverse);
+      int32_t total = 0;
+      for (int i = 0; i < segment.words * QBB_WORD_BITS; i += kLanes) {
+        if (step.inverse != 0) {
+          V::store_rounded(codes + i, V::mul(V::load(x + i), inverse));
+        } else {
+          memset(codes + i, 0, kLanes * sizeof *codes);
+        }
+        for (int j = 0; j < kLanes; ++j) total += codes[i + j];
+      }
+      k.a.steps[s * k.M + row] = step.value * (kBytes == 1 ? 256 : 1);
+      k.a.totals[s * k.M + row] = total;
+      for (int w = 0; w < segment.words; ++w) {
+        uint8_t* table = k.a.codes + ((segment.first + w) * k.M + row) * kBytes * kTableBytes;
+        for (int h = 0; h < 2; ++h) {
+          V::template byte_tables<kBytes>(codes + w * QBB_WORD_BITS + h * 16, table + h * 64,
+                                          table + kTableBytes + h * 64);
+        }
+      }
+    }
+  }
+}
+
+// Where one tile is read: moves on from segment to segment.
+struct Cursor {
+  const uint32_t* words;   // of basis 0
+  const uint8_t* tables;   // of the first row of X
+  int64_t plane;           // words from one basis to the next
+  int64_t ahead;           // words to prefetch
+  int64_t table_stride;    // bytes from one word to the next
+};
+
+// Adds B bases from `basis` on of one segment to c: R rows of X share the indexes, bases the tables. kWords: words of
+// the segment where they are known at compile time, else 0.
+template <class V, int kBytes, int R, int B, int kWords>
+QBB_INLINE void add_byte_bases(const core::Tiled& w, const Cursor& at, int64_t basis, int num_words, int64_t scales,
+                               typename V::Lanes* c) {
+  using Lanes = typename V::Lanes;
+  const int count = kWords > 0 ? kWords : num_words;
+  const uint32_t* words = at.words + basis * at.plane;
+  const uint8_t* tables = at.tables;
+  typename V::Ints high[B][R], low[B][R];
+  for (int b = 0; b < B; ++b) {
+    for (int r = 0; r < R; ++r) high[b][r] = low[b][r] = V::zero_ints();
+  }
+  for (int i = 0; i < count; ++i, words += kLanes, tables += at.table_stride) {
+    typename V::Indexes index[B];
+    for (int b = 0; b < B; ++b) {
+      index[b] = V::indexes(V::load_words(words + b * at.plane));
+      __builtin_prefetch(words + b * at.plane + at.ahead);
+    }
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* table = tables + r * kBytes * kTableBytes;
+      for (int b = 0; b < B; ++b) {
+        high[b][r] = V::add_signed(high[b][r], index[b], table);
+        if constexpr (kBytes == 2) low[b][r] = V::add_unsigned(low[b][r], index[b], table + kTableBytes);
+      }
+    }
+  }
+  const int64_t scale_plane = w.tiles * w.groups * kLanes;
+  for (int b = 0; b < B; ++b) {
+    const int64_t from = scales + (basis + b) * scale_plane;
+    const Lanes scale = load_scales<V>(w, from);
+    __builtin_prefetch(static_cast<const char*>(w.scales) + (from + kAheadScales) * (w.half_scales ? 2 : 4));
+    for (int r = 0; r < R; ++r) {
+      Lanes p = V::to_float(high[b][r]);
+      if constexpr (kBytes == 2) p = V::fma(p, V::splat(256), V::to_float(low[b][r]));  // exact: below 2^24
+      c[r] = V::fma(scale, p, c[r]);
+    }
+  }
+}
+
+// Adds segments s .. end of one tile to the accumulators [R, 16], B bases at a time.
+template <class V, int kBytes, int R, int B>
+QBB_INLINE void add_byte_tile(const Block& k, int64_t row, int64_t tile, int64_t s, int64_t end, float* acc) {
+  const core::Tiled& w = *k.w;
+  const int64_t first = w.segments[s].first;
+  Cursor at{w.planes + (tile * w.words + first) * kLanes, k.a.codes + (first * k.M + row) * kBytes * kTableBytes,
+            w.tiles * w.words * kLanes, kAheadWords / w.bases * kLanes, k.M * kBytes * kTableBytes};
+  typename V::Lanes a[R];
+  for (int r = 0; r < R; ++r) a[r] = V::load(acc + r * kLanes);
+  for (; s < end; ++s) {
+    const core::Segment segment = w.segments[s];
+    const int64_t scales = (tile * w.groups + segment.group) * kLanes;
+    typename V::Lanes c[R];
+    for (int r = 0; r < R; ++r) c[r] = V::zero();
+    int64_t b = 0;
+    for (; w.bases - b >= B; b += B) {
+      if (segment.words == 4) {  // groups of 128
+        add_byte_bases<V, kBytes, R, B, 4>(w, at, b, 4, scales, c);
+      } else {
+        add_byte_bases<V, kBytes, R, B, 0>(w, at, b, segment.words, scales, c);
+      }
+    }
+    if constexpr (B > 1) {
+      for (; b < w.bases; ++b) add_byte_bases<V, kBytes, R, 1, 0>(w, at, b, segment.words, scales, c);
+    }
+    at.words += segment.words * kLanes;
+    at.tables += segment.words * at.table_stride;
+    if (w.offset != nullptr) {
+      const typename V::Lanes z = V::load(w.offset + scales);
+      for (int r = 0; r < R; ++r) {
+        const float total = static_cast<float>(k.a.totals[s * k.M + row + r]) * (kBytes == 1 ? 0x1p-8f : 1);
+        c[r] = V::fma(z, V::splat(total), c[r]);
+      }
+    }
+    for (int r = 0; r < R; ++r) a[r] = V::fma(c[r], V::splat(k.a.steps[s * k.M + row + r]), a[r]);
+  }
+  for (int r = 0; r < R; ++r) V::store(acc + r * kLanes, a[r]);
+}
+
+// R rows of X times all tiles of the block.
+template <class V, int kBytes, int R, int B>
+QBB_NOINLINE void run_byte_rows(const Block& k, int64_t row) {
+  constexpr int kWords = kBlockTableBytes / (R * kBytes * kTableBytes);
+  alignas(64) float acc[core::kMaxTaskTiles * R * kLanes];
+  for (int64_t i = 0; i < k.tiles * R * kLanes; ++i) acc[i] = 0;
+  for (int64_t s = 0, end = 0; s < k.w->num_segments; s = end) {
+    for (int64_t words = 0; end < k.w->num_segments && (end == s || words < kWords); ++end) {
+      words += k.w->segments[end].words;
+    }
+    for (int64_t i = 0; i < k.tiles; ++i) {
+      add_byte_tile<V, kBytes, R, B>(k, row, k.tile + i, s, end, acc + i * R * kLanes);
+    }
+  }
+  for (int64_t i = 0; i < k.tiles; ++i) {
+    for (int r = 0; r < R; ++r) finish_tile<V>(k, row + r, k.tile + i, acc + (i * R + r) * kLanes);
+  }
+}
+
+// One row of X: the bases side by side, as many as the registers hold.
+template <class V, int kBytes>
+QBB_INLINE void run_byte_row(const Block& k, int64_t row) {
+  if constexpr (V::kByteBases >= 4) {
+    if (k.w->bases == 2) return run_byte_rows<V, kBytes, 1, 2>(k, row);
+    if (k.w->bases == 3) return run_byte_rows<V, kBytes, 1, 3>(k, row);
+    if (k.w->bases >= 4) return run_byte_rows<V, kBytes, 1, 4>(k, row);
+  }
+  run_byte_rows<V, kBytes, 1, 1>(k, row);
+}
+
+template <class V, int kBytes>
+QBB_INLINE void run_byte_tables(const Block& k) {
+  int64_t row = k.row;
+  const int64_t end = k.row + k.rows;
+  if constexpr (V::kByteRows >= 8) {
+    for (; end - row >= 8; row += 8) run_byte_rows<V, kBytes, 8, 1>(k, row);
+  }
+  if constexpr (V::kByteRows >= 4) {
+    for (; end - row >= 4; row += 4) run_byte_rows<V, kBytes, 4, 1>(k, row);
+  }
+  if constexpr (V::kByteRows >= 2) {
+    for (; end - row >= 2; row += 2) run_byte_rows<V, kBytes, 2, 1>(k, row);
+  }
+  for (; row < end; ++row) run_byte_row<V, kBytes>(k, row);
+}
+
+}  // namespace
+}  // namespace qbb::cpu
