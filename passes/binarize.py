@@ -81,17 +81,17 @@ class BinarizeLinears(ir.passes.InPlacePass):
             raise QbbError("linear layer is not normalised", where=name, expected="MatMul", got=matmul.op_type)
         packed = self._layers[name]
         spec = packed.spec
-        planes = _initializer(graph, f"{name}.qbb_planes", packed.planes)  # rule 2
-        scales = _initializer(graph, f"{name}.qbb_scales", packed.scales)
+        planes = add_initializer(graph, f"{name}.qbb_planes", packed.planes)  # rule 2
+        scales = add_initializer(graph, f"{name}.qbb_scales", packed.scales)
         if packed.offset is None:
-            offset = _initializer(graph, "qbb_no_offset", ir.tensor(np.zeros((1, 1), np.float32)))
+            offset = add_initializer(graph, "qbb_no_offset", ir.tensor(np.zeros((1, 1), np.float32)))
         else:
-            offset = _initializer(graph, f"{name}.qbb_offset", packed.offset)
+            offset = add_initializer(graph, f"{name}.qbb_offset", packed.offset)
         add, bias = _constant_bias(matmul, spec.N)  # rule 3
         if add is None or bias is None:
-            c = _initializer(graph, "qbb_no_bias", ir.tensor(np.zeros(1, np.float32)))
+            c = add_initializer(graph, "qbb_no_bias", ir.tensor(np.zeros(1, np.float32)))
         else:
-            c = _initializer(graph, f"{bias.name}.qbb_bias", _as_float32_vector(bias))
+            c = add_initializer(graph, f"{bias.name}.qbb_bias", _as_float32_vector(bias))
         last = add or matmul
         attributes = asdict(spec) | ({"mode": self._mode} if self._mode else {})
         inputs = [matmul.inputs[0], planes, scales, offset, c]
@@ -100,7 +100,8 @@ class BinarizeLinears(ir.passes.InPlacePass):
         ir.convenience.replace_nodes_and_values(graph, last, old, [node], [last.outputs[0]], [node.outputs[0]])
 
 
-def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """The initializer of that name, made of ``tensor`` if the graph has none."""
     existing = graph.initializers.get(name)
     if existing is not None:
         return existing

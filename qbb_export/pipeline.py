@@ -20,6 +20,7 @@ from qbb_export.format import LAYOUT_TILED, Spec, bits_per_weight, mode_number, 
 from qbb_export.learning import check_can_learn, default_recipe, learn
 from qbb_export.passes.binarize import BinarizeLinears, PackedLayer
 from qbb_export.passes.function_body import AttachFunctionBody, binary_basis_nodes
+from qbb_export.passes.fuse import FuseLinears
 from qbb_export.passes.linears import Linear, find_linears
 from qbb_export.passes.normalize import NormalizeLinears
 from qbb_export.passes.prepare import prepare_passes
@@ -34,6 +35,10 @@ from qbb_export.weights import InitializerRows
 # Called with the name of a stage, steps done, steps in all, and a few words on how it goes.
 Progress = Callable[[str, int, int, str], None]
 
+# Packed layers in memory while the file is written: a node's initializers come one after the other, and each of them
+# wants all the layers that were fused. q, k and v are three; of more, each is read once for each initializer.
+_KEPT_LAYERS = 3
+
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -47,6 +52,7 @@ class ExportOptions:
         selection: which layers.
         load: how to open MODEL.
         layout: ``LAYOUT_TILED`` or ``LAYOUT_ROWS``.
+        fuse: make one node of layers that share their input and settings.
         mode: name in ``format.MODES``: what kernels may do to activations.
         device: ``"cpu"``, or a PyTorch device such as ``"cuda"`` to quantise and learn on.
         learning: for recipes that learn from the model's own text.
@@ -60,6 +66,7 @@ class ExportOptions:
     selection: Selection = field(default_factory=Selection)
     load: LoadOptions = field(default_factory=LoadOptions)
     layout: int = LAYOUT_TILED
+    fuse: bool = True
     mode: str = "exact"
     device: str = "cpu"
     learning: LearningOptions = field(default_factory=LearningOptions)
@@ -70,7 +77,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantised matrix: its nodes' attributes, types of what is stored, relative squared error."""
+    """One quantised matrix: its attributes as a node of its own, types of what is stored, relative squared error."""
 
     name: str
     spec: Spec
@@ -173,7 +180,7 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
             if record is None:  # another process of this run writes the file
                 return ExportReport(output, 0, 0, 0, (), ())
             layers = {name: _layer_report(name, layer, options) for name, layer in quantized.items()}
-        _rewrite(model, linears, layers, record, mode)
+        _rewrite(model, linears, layers, record, mode, fuse=options.fuse)
     common.ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.producer_version = "qbb-export", None
     VerifyBinaryBasis()(model)
@@ -234,15 +241,17 @@ def _layer_report(name: str, layer: Quantized, options: ExportOptions) -> LayerR
 
 
 def _rewrite(
-    model: ir.Model, linears: list[Linear], layers: Mapping[str, LayerReport], record: Record, mode: int
+    model: ir.Model, linears: list[Linear], layers: Mapping[str, LayerReport], record: Record, mode: int, *, fuse: bool
 ) -> None:
-    @functools.lru_cache(maxsize=1)  # a layer's initializers are written one after the other
+    @functools.lru_cache(maxsize=_KEPT_LAYERS)
     def initializers(name: str) -> tuple[Array, ...]:
         layer = record.load(name)
         return to_layout(layer.words, layer.scales, layer.offset, layers[name].spec)
 
     NormalizeLinears(linears)(model)
     BinarizeLinears({name: _packed(report, initializers) for name, report in layers.items()}, mode)(model)
+    if fuse:
+        FuseLinears()(model)
     AttachFunctionBody()(model)
 
 

@@ -7,6 +7,7 @@ import math
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 # Seconds a byte of the output: written and hashed; opened twice, unpacked and run.
 _WRITING: Final = 7e-9
 _VERIFYING: Final = 6e-8
-# Bytes that verifying takes for each weight of the largest matrix: bits, signs and sums of it as floats.
+# Bytes that verifying takes for each weight of the largest node: bits, signs and sums of it as floats.
 _DENSE_BYTES: Final = 32
 # What CUDA itself keeps on a GPU.
 _CUDA_CONTEXT: Final = 600 << 20
@@ -119,7 +120,7 @@ def make_plan(source: str, output: Path, options: ExportOptions) -> Plan:
     found, matrices = _needs(model, recipe, options, source)
     cuda = options.device != "cpu"
     size = sum(matrix.packed for matrix in matrices) + _rest(model, model.linears if matrices else ())
-    memory, largest = base + _own_bytes(model), max((matrix.weights for matrix in matrices), default=0)
+    memory, largest = base + _own_bytes(model), largest_node(matrices, fuse=options.fuse)
     stages = [read, *(_stage(need, base, cuda=cuda) for need in found)]
     stages.append(Stage("write the file", memory, 0, size, 0, _WRITING * size))
     if options.verify:
@@ -143,6 +144,14 @@ def _needs(model: OpenModel, recipe: str, options: ExportOptions, source: str) -
         before, _ = _recipe_needs(model, loaded, gptq_before(chosen), device)
         found = [*(replace(need, stage=f"gptq: {need.stage}") for need in before), *found]
     return found, matrices
+
+
+def largest_node(matrices: Sequence[Matrix], *, fuse: bool) -> int:
+    """Weights of the largest node, if all layers with the same input become one."""
+    sizes: Counter[object] = Counter()
+    for index, matrix in enumerate(matrices):
+        sizes[matrix.reads if fuse else index] += matrix.weights
+    return max(sizes.values(), default=0)
 
 
 def _resident() -> int:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from qbb_export.artifact import read_graph, save
 from qbb_export.errors import QbbError
-from qbb_export.format import OP_TYPE, OPSET_VERSION, Spec
+from qbb_export.format import LAYOUT_TILED, OP_TYPE, OPSET_VERSION, TILE_ROWS, Spec
 from qbb_export.passes.function_body import MIN_IR_VERSION, MIN_OPSET, AttachFunctionBody, binary_basis_nodes
 from qbb_export.passes.verify import node_spec
 from qbb_export.reference import binary_basis_matmul
@@ -164,33 +164,58 @@ def body_is_affordable(model: ir.Model) -> bool:
 def check_layers(path: Path) -> list[Comparison]:
     """Compare library and function body with the float64 reference on the first rows of each layer of a file.
 
-    This takes little memory however large the layers are.
+    Layers that became one node are checked each. This takes little memory however large the layers are.
     """
     rng = np.random.default_rng(0)
     rows: list[Comparison] = []
     for node in binary_basis_nodes(read_graph(path)):
-        model, arrays, spec = _first_rows(node)
-        x = rng.standard_normal((2, spec.K), dtype=np.float32)
-        reference = {node.name or "": binary_basis_matmul(x.astype(np.float64), *arrays, spec)}
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "layer.onnx"
-            save(model, file)
-            for side, library in (("library", True), ("body", False)):
-                outputs = {node.name or "": run_file(file, {"X": x}, library=library)["Y"]}
-                rows += compare(f"{side} / float64, first rows", outputs, reference, BODY_BOUND)
+        for start, stop in _layer_rows(node):
+            model, arrays, spec = _rows_of(node, start, min(stop, start + _CHECKED_ROWS))
+            x = rng.standard_normal((2, spec.K), dtype=np.float32)
+            name = f"{node.name}[{start}:{start + spec.N}]"
+            reference = {name: binary_basis_matmul(x.astype(np.float64), *arrays, spec)}
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "layer.onnx"
+                save(model, file)
+                for side, library in (("library", True), ("body", False)):
+                    outputs = {name: run_file(file, {"X": x}, library=library)["Y"]}
+                    rows += compare(f"{side} / float64, first rows", outputs, reference, BODY_BOUND)
     return rows
 
 
-def _first_rows(node: ir.Node) -> tuple[ir.Model, tuple[Array, Array, Array, Array], Spec]:
-    """A model of one node with the first rows of a layer, its initializers B, S, Z, C, and its attributes."""
+def _layer_rows(node: ir.Node) -> list[tuple[int, int]]:
+    """First and last row + 1 of each layer in a node: where a Split cuts its output, if that is between tiles."""
     spec = node_spec(node)
-    part = replace(spec, N=min(spec.N, _CHECKED_ROWS))
-    height = part.planes_shape[1]  # rows or tiles
+    users = [use.node for use in node.outputs[0].uses()]
+    ends = [spec.N]
+    if len(users) == 1 and users[0].op_type == "Split" and len(users[0].inputs) == 2:
+        sizes = None if users[0].inputs[1] is None else users[0].inputs[1].const_value
+        if sizes is not None:
+            ends = [int(end) for end in np.cumsum(sizes.numpy())]
+    starts = [0, *ends[:-1]]
+    cut = ends[-1] == spec.N and all(start % _tile(spec) == 0 for start in starts)
+    return [(a, b) for a, b in zip(starts, ends, strict=True) if a < b] if cut else [(0, spec.N)]
+
+
+def _tile(spec: Spec) -> int:
+    """Rows that lie together."""
+    return TILE_ROWS if spec.layout == LAYOUT_TILED else 1
+
+
+def _rows_of(node: ir.Node, start: int, stop: int) -> tuple[ir.Model, tuple[Array, Array, Array, Array], Spec]:
+    """A model of one node with some rows of a node, its initializers B, S, Z, C, and its attributes.
+
+    ``start`` is the first row of a tile.
+    """
+    spec = node_spec(node)
+    part = replace(spec, N=stop - start)
+    first = start // _tile(spec)
+    tiles = np.s_[first : first + part.planes_shape[1]]
     arrays = (
-        _part(node.inputs[1], np.s_[:, :height]),
-        _part(node.inputs[2], np.s_[:, :height]),
-        _part(node.inputs[3], np.s_[:height]),  # [1, 1] stays as it is
-        _part(node.inputs[4], np.s_[: part.N]),
+        _part(node.inputs[1], np.s_[:, tiles]),
+        _part(node.inputs[2], np.s_[:, tiles]),
+        _part(node.inputs[3], tiles),
+        _part(node.inputs[4], np.s_[start:stop]),
     )
     float32 = ir.TensorType(ir.DataType.FLOAT)
     x = ir.Value(name="X", shape=ir.Shape(["M", part.K]), type=float32)
@@ -210,11 +235,11 @@ def _first_rows(node: ir.Node) -> tuple[ir.Model, tuple[Array, Array, Array, Arr
 
 
 def _part(value: ir.Value | None, index: Any) -> Array:
-    """A copy of some of an initializer; its file is unmapped again."""
+    """A copy of some of an initializer, of all if it is one number for all; its file is unmapped again."""
     tensor = None if value is None else value.const_value
     if tensor is None:
         raise QbbError("input is not constant", where=OP_TYPE)
-    part: Array = tensor.numpy()[index].copy()
+    part: Array = tensor.numpy()[... if tensor.size == 1 else index].copy()
     if isinstance(tensor, ir.ExternalTensor):
         tensor.release()
     return part

@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="activations: as they are, or rounded per group to 8 or 16 bits: faster on CPUs (default: exact)",
     )
     parser.add_argument("--layout", choices=("tiled", "rows"), default="tiled", help="order of the packed words")
+    parser.add_argument("--no-fuse", action="store_true", help="keep layers apart that share their input (q, k, v)")
     parser.set_defaults(run=run)
 
 
@@ -98,6 +99,7 @@ def run(options: argparse.Namespace) -> int:
         ),
         mode=options.mode,
         layout=LAYOUT_TILED if options.layout == "tiled" else LAYOUT_ROWS,
+        fuse=not options.no_fuse,
         device=options.device or default_device(options.source),
         learning=LearningOptions(options.budget, options.steps, options.calibration, options.start),
         record=options.record,

@@ -11,6 +11,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from qbb_export import cli  # noqa: E402
+from qbb_export.artifact import read_graph  # noqa: E402
+from qbb_export.passes.function_body import binary_basis_nodes  # noqa: E402
+from qbb_export.passes.verify import node_spec  # noqa: E402
+from qbb_export.reference import dense_weight  # noqa: E402
 from qbb_export.runtimes.ort import session  # noqa: E402
 from tests.unit import models  # noqa: E402
 
@@ -32,8 +36,13 @@ def nodes(path: Path) -> list[str]:
 def test_hugging_face_decoder(tmp_path, capsys):
     folder = models.tiny_llama(tmp_path / "hf")
     assert export(folder, "-o", tmp_path / "m.onnx", *SMALL) == 0
-    assert len(nodes(tmp_path / "m.onnx")) == 14
+    assert [name.removeprefix("model.layers.") for name in nodes(tmp_path / "m.onnx") if "+" in name] == [
+        "0.self_attn.q_proj+k_proj+v_proj", "0.mlp.gate_proj+up_proj",
+        "1.self_attn.q_proj+k_proj+v_proj", "1.mlp.gate_proj+up_proj",
+    ]  # fmt: skip
+    assert len(nodes(tmp_path / "m.onnx")) == 2 * 4
     printed = capsys.readouterr().out
+    assert "quantised layers    │ 14" in printed
     assert "bits per weight" in printed
     assert "FAILED" not in printed
     ours = session(tmp_path / "m.onnx")
@@ -43,6 +52,18 @@ def test_hugging_face_decoder(tmp_path, capsys):
         ids = np.ones((batch, length), np.int64)
         (logits,) = ours.run(None, {"input_ids": ids, "attention_mask": ids})
         assert logits.shape == (batch, length, 97)
+
+
+def test_layers_apart_or_fused_give_the_same_bits(tmp_path):
+    folder = models.tiny_llama(tmp_path / "hf")
+    logits = []
+    ids = np.arange(14, dtype=np.int64).reshape(2, 7)
+    for name, options in (("fused", ()), ("apart", ("--no-fuse",))):
+        assert export(folder, "-o", tmp_path / f"{name}.onnx", *SMALL, "--no-verify", *options) == 0
+        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        logits.append(session(tmp_path / f"{name}.onnx").run(None, feeds)[0])
+    assert len(nodes(tmp_path / "apart.onnx")) == 14
+    assert np.array_equal(*logits)
 
 
 def test_the_file_needs_no_library(tmp_path):
@@ -55,12 +76,15 @@ def test_the_file_needs_no_library(tmp_path):
     assert np.abs(a - b).max() <= 1e-4 * np.abs(a).max()
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen2", "gpt_neox", "vit", "albert"])
-def test_other_architectures(tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "fused"), [("bert", 2), ("gpt2", 0), ("qwen2", 4), ("gpt_neox", 0), ("vit", 2), ("albert", 2)]
+)
+def test_other_architectures(tmp_path, family, fused):
     """LayerNorm, biases, transposed weights (GPT-2), parallel blocks (NeoX), pixels (ViT), shared layers (ALBERT)."""
     folder, layers = models.tiny(family, tmp_path / "hf")
     assert export(folder, "-o", tmp_path / "m.onnx", *SMALL) == 0
-    assert len(nodes(tmp_path / "m.onnx")) == layers
+    assert sum(1 + name.count("+") for name in nodes(tmp_path / "m.onnx")) == layers
+    assert sum("+" in name for name in nodes(tmp_path / "m.onnx")) == fused
 
 
 def test_state_dict_pickle_and_program(tmp_path):
@@ -139,7 +163,7 @@ def test_running_again_is_byte_identical_and_uses_the_record(tmp_path, monkeypat
 def test_choosing_layers(tmp_path):
     folder = models.tiny_llama(tmp_path / "hf")
     out = tmp_path / "m.onnx"
-    arguments = ("--no-verify", "--force", "--group-size", "0")
+    arguments = ("--no-verify", "--no-fuse", "--force", "--group-size", "0")
     assert export(folder, "-o", out, *arguments, "--exclude", "*.0.*", "--include", "lm_head", "--bases", "1") == 0
     assert len(nodes(out)) == 7 + 1
     assert export(folder, "-o", out, *arguments, "--exclude", "*", "--include", "*.1.mlp.*") == 0
@@ -272,6 +296,36 @@ def test_large_layers_are_verified_by_their_first_rows(tmp_path, monkeypatch, ca
         printed = capsys.readouterr().out
         assert "library / float64, first rows" in printed
         assert "body / float64, first rows" in printed
+
+
+def test_each_layer_of_a_large_node_is_verified(tmp_path, monkeypatch):
+    """By the first rows of its own; initializers are large enough to be mapped from a file."""
+    from qbb_export import verification
+
+    text = """<ir_version: 8, opset_import: ["": 17]>
+      g (float[b, 64] x) => (float[b, 256] p, float[b, 128] q, float[b, 7] r) {
+        p = MatMul (x, u) q = MatMul (x, v) c = MatMul (x, w) r = Add (c, bias) }"""
+    proto = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(3)
+    for name, shape in (("u", (64, 256)), ("v", (64, 128)), ("w", (64, 7)), ("bias", (7,))):
+        array = rng.standard_normal(shape).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    onnx.save(proto, tmp_path / "in.onnx")
+    monkeypatch.setattr(verification, "_CHECKED_ROWS", 20)
+    for layout in ("tiled", "rows"):
+        out = tmp_path / f"{layout}.onnx"
+        assert export(tmp_path / "in.onnx", "-o", out, "--include", "*", "--layout", layout, *SMALL) == 0
+        assert nodes(out) == ["u+v+w"]
+        seen = verification.check_layers(out)
+        assert [row.output for row in seen[::2]] == ["u+v+w[0:20]", "u+v+w[256:276]", "u+v+w[384:391]"]
+        assert all(row.ok for row in seen)
+        (node,) = binary_basis_nodes(read_graph(out))
+        whole = [value.const_value.numpy().copy() for value in node.inputs[1:]]
+        for start, stop in ((0, 20), (256, 276), (384, 391)):
+            _, arrays, spec = verification._rows_of(node, start, stop)
+            expected = dense_weight(*whole[:3], node_spec(node))[start:stop]
+            assert np.array_equal(dense_weight(*arrays[:3], spec), expected)
+            assert np.array_equal(arrays[3], whole[3][start:stop])
 
 
 def test_an_onnx_model_whose_inputs_we_cannot_make_up(tmp_path, capsys):

@@ -12,9 +12,11 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 
+from qbb_export.custom_ops import library_info
 from qbb_export.format import LAYOUT_TILED, Spec, effective_group_size, pack_words, to_layout
 from qbb_export.passes.binarize import BinarizeLinears, PackedLayer
 from qbb_export.passes.function_body import AttachFunctionBody
+from qbb_export.passes.fuse import FuseLinears
 from qbb_export.passes.linears import Linear, find_linears
 from qbb_export.passes.normalize import NormalizeLinears
 from qbb_export.passes.prepare import prepare_passes
@@ -38,26 +40,38 @@ def integers(rng: np.random.Generator, *shape: int, dtype: Any = np.float32) -> 
 
 
 def exact_layer(
-    linear: Linear, bases: int = 2, group_size: int = 0, offset: bool = True, layout: int = LAYOUT_TILED
+    linear: Linear,
+    bases: int = 2,
+    group_size: int = 0,
+    offset: bool = True,
+    layout: int = LAYOUT_TILED,
+    scale_type: Any = np.float16,
 ) -> tuple[PackedLayer, Array]:
     """A packed layer of random signs and power-of-two scales, and the dense matrix [N, K] that it stands for."""
     rng = np.random.default_rng(zlib.crc32(linear.name.encode()))
     k, n = linear.in_features, linear.out_features
     spec = Spec(k, n, bases, effective_group_size(k, group_size), layout)
     signs = rng.random((bases, n, k)) < 0.5
-    scales = (2.0 ** rng.integers(-2, 2, (bases, n, spec.groups))).astype(np.float16)
+    scales = (2.0 ** rng.integers(-2, 2, (bases, n, spec.groups))).astype(scale_type)
     z = (2.0 ** rng.integers(-2, 2, (n, spec.groups))).astype(np.float32) if offset else None
     b, s, zz = to_layout(pack_words(signs), scales, z, spec)
     packed = PackedLayer(spec, ir.tensor(b), ir.tensor(s), None if z is None else ir.tensor(zz))
     return packed, dense_weight(b, s, zz, spec)
 
 
-def binarized(model: ir.Model, **settings: Any) -> tuple[ir.Model, ir.Model]:
-    """The model with all its linear layers replaced, and the same float model with the dense equivalents as weights."""
+def binarized(
+    model: ir.Model, *, fuse: bool = False, each: dict[str, dict[str, Any]] | None = None, **settings: Any
+) -> tuple[ir.Model, ir.Model]:
+    """The model with all its linear layers replaced, and the same float model with the dense equivalents as weights.
+
+    ``settings`` are those of ``exact_layer``; ``each`` has others for some layers, by name.
+    """
     prepare_passes()(model)
     dense = model.clone()
     linears, _ = find_linears(model)
-    layers = {linear.name: exact_layer(linear, **settings) for linear in linears}
+    layers = {
+        linear.name: exact_layer(linear, **{**settings, **(each or {}).get(linear.name, {})}) for linear in linears
+    }
     for index, linear in enumerate(find_linears(dense)[0]):
         weight = layers[linear.name][1]
         flipped = linear.node.op_type == "Gemm" and linear.node.attributes.get_int("transB", 0)
@@ -69,15 +83,19 @@ def binarized(model: ir.Model, **settings: Any) -> tuple[ir.Model, ir.Model]:
         linear.node.replace_input_with(1, value)
     NormalizeLinears(linears)(model)
     BinarizeLinears({name: packed for name, (packed, _) in layers.items()})(model)
+    if fuse:
+        FuseLinears()(model)
     AttachFunctionBody()(model)
     VerifyBinaryBasis()(model)
     return model, dense
 
 
-def run(model: ir.Model, feeds: dict[str, Array]) -> list[Array]:
-    """Outputs of a model in stock ONNX Runtime."""
+def run(model: ir.Model, feeds: dict[str, Array], *, library: bool = False) -> list[Array]:
+    """Outputs of a model in stock ONNX Runtime, or with our library."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if library:
+        options.register_custom_ops_library(str(library_info().path))
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -10,8 +10,10 @@ import onnx_graphsurgeon as gs
 import onnx_ir as ir
 import pytest
 
+from qbb_export.format import TILE_ROWS
 from qbb_export.passes.binarize import BinarizeLinears
 from qbb_export.passes.function_body import AttachFunctionBody, binary_basis_nodes
+from qbb_export.passes.fuse import FuseLinears
 from qbb_export.passes.linears import find_linears
 from qbb_export.passes.normalize import NormalizeLinears
 from qbb_export.passes.prepare import prepare_passes
@@ -62,6 +64,7 @@ class Builder:
     def linear(self) -> None:
         source, k = self.values[self.rng.integers(len(self.values))]
         n = k if self.chance(30) else int(self.rng.integers(1, 70))
+        n = -(-n // TILE_ROWS) * TILE_ROWS if self.chance(30) else n
         if self.rank == 2 and self.chance(60):
             self.gemm(source, k, n)
         else:
@@ -135,6 +138,7 @@ def serialized(model: ir.Model) -> bytes:
 
 @pytest.mark.parametrize("first", range(0, GRAPHS, PER_TEST))
 def test_generated_graphs(first: int) -> None:
+    fused = 0
     for seed in range(first, first + PER_TEST):
         builder = Builder(seed)
         proto = builder.build()
@@ -142,7 +146,10 @@ def test_generated_graphs(first: int) -> None:
         source = ir.from_proto(proto)
         names = interface(source)
         size = [32, 64, 0][seed % 3]
-        ours, dense = binarized(source, bases=1 + seed % 3, group_size=size, layout=seed % 2, offset=seed % 5 > 0)
+        ours, dense = binarized(
+            source, bases=1 + seed % 3, group_size=size, layout=seed % 2, offset=seed % 5 > 0, fuse=seed % 4 > 1
+        )
+        fused += sum("+" in (node.name or "") for node in binary_basis_nodes(ours))
         assert interface(ours) == names, seed
         assert binary_basis_nodes(ours), seed
         assert not find_linears(ours)[0], seed
@@ -156,7 +163,10 @@ def test_generated_graphs(first: int) -> None:
         prepare_passes()(ours)
         NormalizeLinears(find_linears(ours)[0])(ours)
         BinarizeLinears({})(ours)
+        if seed % 4 > 1:
+            FuseLinears()(ours)
         AttachFunctionBody()(ours)
         assert serialized(ours) == before, seed
         again = gs.import_onnx(ir.to_proto(ours))
         assert sum(node.op == "BinaryBasisMatMul" for node in again.nodes) == len(binary_basis_nodes(ours))
+    assert fused > 0  # of every chunk some graphs have layers that share their input

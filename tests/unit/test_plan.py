@@ -14,6 +14,7 @@ from qbb_export.distill.cost import Matrix, ModelFacts, Need, Speeds, needs
 from qbb_export.distill.settings import MODEL_RECIPES, ModelRecipe
 from qbb_export.distill.timing import GROWTH, seconds_at
 from qbb_export.format import LAYOUT_ROWS, Spec
+from qbb_export.plan import largest_node
 
 SPEEDS = Speeds(start=1e-7, forward=1e-4, write=1e-2, bases=1e-8, column=1e-8, product=1e-11)
 FACTS = ModelFacts(
@@ -108,6 +109,12 @@ def test_unknown_speeds_stay_unknown() -> None:
     found = needs(FACTS, matrices(), MODEL_RECIPES["best"], Speeds(start=1e-7))
     assert math.isfinite(found[0].seconds)
     assert all(math.isnan(need.seconds) for need in found[1:])
+
+
+def test_the_largest_node_is_that_of_layers_with_one_input() -> None:
+    assert largest_node(matrices(), fuse=True) == 2 * 256 * 512
+    assert largest_node(matrices(), fuse=False) == 256 * 512
+    assert largest_node([], fuse=True) == 0
 
 
 def test_trials_grow_until_the_size_is_reached() -> None:
