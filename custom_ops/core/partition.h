@@ -16,6 +16,10 @@ struct Partition {
   int64_t tasks() const { return row_blocks * tile_chunks; }
 };
 
+// Whether weights are made floats or bytes first (cpu/expand_kernel.h, cpu/byte_product_kernel.h). Making them costs
+// some ten rows; then a row costs as much as the look-ups of two bases.
+inline bool many_rows(int64_t bases, int64_t M) { return bases > 2 && M > 40 / bases; }
+
 inline Partition partition(const Tiled& w, int64_t M, bool many_rows) {
   // Each task builds its own tables, so chunks should be large; but idle cores cost more than tables. A task of fewer
   // than 2^13 look-ups of 16 rows (a few microseconds) is not worth handing out.

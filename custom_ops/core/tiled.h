@@ -33,8 +33,7 @@ struct Tiled {
 constexpr int64_t kMaxTaskTiles = 32;  // tiles in a task: bounds the accumulators that it keeps on its stack
 constexpr int64_t kTaskRows = 32;      // rows of X in a task
 
-// From so many rows of X on, weights are made floats or bytes first (cpu/expand_kernel.h, cpu/byte_product_kernel.h).
-constexpr int64_t kManyRows = 16;
+constexpr int64_t kByteTableRows = 32;     // rows of X that have integer tables at a time
 constexpr int64_t kByteProductRows = 512;  // rows of X that are bytes at a time
 constexpr int64_t kManyTaskRows = 128;
 constexpr int64_t kManyTaskTiles = 8;  // with the rows: 64 KB of sums on the stack

@@ -108,7 +108,7 @@ struct Avx2 {
   };
   using Bytes = Words;
   static constexpr int kByteRows = 2;
-  static constexpr int kByteBases = 1;
+  static constexpr int kByteSums = 1;  // that registers hold beside the indexes
   static constexpr int kByteProductRows = 4, kByteProductTiles = 1;
 
   static QBB_INLINE __m256 half_quad_sums(__m256 a) {
@@ -242,8 +242,9 @@ struct Avx2 {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  static QBB_INLINE Dots dot(Dots sum, Bytes w, int32_t four) {
-    const __m256i x = _mm256_set1_epi32(four);
+  using Fours = __m256i;
+  static QBB_INLINE Fours fours(int32_t four) { return _mm256_set1_epi32(four); }
+  static QBB_INLINE Dots dot(Dots sum, Bytes w, Fours x) {
     return {half_dot(sum.lo, w.lo, x), half_dot(sum.hi, w.hi, x)};
   }
   static QBB_INLINE Lanes dots_to_float(Dots a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }

@@ -15,7 +15,7 @@ struct Avx512 {
   using Lanes = __m512;
   using Words = __m512i;
   static constexpr int kMaxRows = 8;
-  static constexpr int kProductRows = 8, kProductTiles = 2;  // 16 sums, 2 weights and an input of 32 registers
+  static constexpr int kProductRows = 12, kProductTiles = 2;  // 24 sums, 2 weights and an input of 32 registers
   static constexpr int kExpandBases = 4;
   static constexpr int kMaxBases = 3;  // their chains of additions run side by side where there is one row only
 

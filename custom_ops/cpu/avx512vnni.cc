@@ -13,7 +13,7 @@ struct Avx512Vnni : Avx512 {
     __m512i low, high;
   };
   static constexpr int kByteRows = 8;
-  static constexpr int kByteBases = 4;
+  static constexpr int kByteSums = 16;  // that registers hold beside the indexes
   static constexpr int kByteProductRows = 12, kByteProductTiles = 2;  // 24 sums, 2 weights and an input of 32 registers
 
   static QBB_INLINE Lanes quad_sums(Lanes a) {
@@ -72,13 +72,11 @@ struct Avx512Vnni : Avx512 {
   }
   static QBB_INLINE Ints add_signed(Ints sum, const Indexes& index, const uint8_t* table) {
     const __m512i ones = _mm512_set1_epi8(1);
-    sum = _mm512_dpbusd_epi32(sum, ones, look_up_bytes(index.low, table));
-    return _mm512_dpbusd_epi32(sum, ones, look_up_bytes(index.high, table + 64));
+    return dot(dot(sum, ones, look_up_bytes(index.low, table)), ones, look_up_bytes(index.high, table + 64));
   }
   static QBB_INLINE Ints add_unsigned(Ints sum, const Indexes& index, const uint8_t* table) {
     const __m512i ones = _mm512_set1_epi8(1);
-    sum = _mm512_dpbusd_epi32(sum, look_up_bytes(index.low, table), ones);
-    return _mm512_dpbusd_epi32(sum, look_up_bytes(index.high, table + 64), ones);
+    return dot(dot(sum, look_up_bytes(index.low, table), ones), look_up_bytes(index.high, table + 64), ones);
   }
   static QBB_INLINE Lanes to_float(Ints a) { return _mm512_cvtepi32_ps(a); }
 
@@ -93,8 +91,12 @@ struct Avx512Vnni : Avx512 {
   static QBB_INLINE Bytes load_bytes(const uint8_t* from) { return _mm512_load_si512(from); }
   // Weights come as w' + 128, because one factor of vpdpbusd has no sign.
   static QBB_INLINE Dots dots_from(int32_t total) { return _mm512_set1_epi32(-128 * total); }
-  static QBB_INLINE Dots dot(Dots sum, Bytes w, int32_t four) {
-    return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(four));
+  using Fours = __m512i;
+  static QBB_INLINE Fours fours(int32_t four) { return _mm512_set1_epi32(four); }
+  static QBB_INLINE Dots dot(Dots sum, Bytes w, Fours x) {
+    // Not the intrinsic: around it GCC 12 copies every sum and runs out of registers.
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
   }
   static QBB_INLINE Lanes dots_to_float(Dots a) { return _mm512_cvtepi32_ps(a); }
 };

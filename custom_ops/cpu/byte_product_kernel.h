@@ -96,26 +96,27 @@ QBB_NOINLINE void expand_bytes(const core::Tiled& w, int64_t tile, const core::S
 template <class V, int R, int T>
 QBB_INLINE void multiply_bytes(const int8_t* codes, int inputs, const uint8_t* weights, const float* x_steps,
                                const int32_t* totals, const float* w_steps, float* acc, int64_t acc_stride) {
-  typename V::Dots a[R][T];
-  for (int r = 0; r < R; ++r) {
-    for (int t = 0; t < T; ++t) a[r][t] = V::dots_from(totals[r]);
-  }
-  for (int i = 0; i < inputs; i += 4, weights += T * kStepBytes) {
+  typename V::Dots a[R * T];
+  unrolled<R * T>(QBB_EACH(i) { a[i.value] = V::dots_from(totals[i.value / T]); });
+  for (int k = 0; k < inputs; k += 4, weights += T * kStepBytes) {
     typename V::Bytes w[T];
-    for (int t = 0; t < T; ++t) w[t] = V::load_bytes(weights + t * kStepBytes);
-    for (int r = 0; r < R; ++r) {
+    unrolled<T>(QBB_EACH(t) { w[t.value] = V::load_bytes(weights + t.value * kStepBytes); });
+    unrolled<R>(QBB_EACH(r) {
       int32_t four;
-      memcpy(&four, codes + r * inputs + i, sizeof four);
-      for (int t = 0; t < T; ++t) a[r][t] = V::dot(a[r][t], w[t], four);
-    }
+      memcpy(&four, codes + r.value * inputs + k, sizeof four);
+      const typename V::Fours x = V::fours(four);
+      unrolled<T>(QBB_EACH(t) {
+        constexpr int i = r.value * T + t.value;
+        a[i] = V::dot(a[i], w[t.value], x);
+      });
+    });
   }
-  for (int r = 0; r < R; ++r) {
-    for (int t = 0; t < T; ++t) {
-      float* sum = acc + r * acc_stride + t * kLanes;
-      const typename V::Lanes p = V::mul(V::dots_to_float(a[r][t]), V::splat(x_steps[r]));
-      V::store(sum, V::fma(p, V::load(w_steps + t * kLanes), V::load(sum)));
-    }
-  }
+  unrolled<R * T>(QBB_EACH(i) {
+    constexpr int r = i.value / T, t = i.value % T;
+    float* sum = acc + r * acc_stride + t * kLanes;
+    const typename V::Lanes p = V::mul(V::dots_to_float(a[i.value]), V::splat(x_steps[r]));
+    V::store(sum, V::fma(p, V::load(w_steps + t * kLanes), V::load(sum)));
+  });
 }
 
 // All rows of the block times T tiles of a segment.
@@ -127,15 +128,10 @@ QBB_NOINLINE void multiply_byte_rows(const Block& k, int64_t s, const uint8_t* w
   const auto* codes = reinterpret_cast<const int8_t*>(k.a.codes) + segment.first * QBB_WORD_BITS * k.M;
   const float* steps = k.a.steps + s * k.M;
   const int32_t* totals = k.a.totals + s * k.M;
-  int64_t r = k.row;
-  const int64_t end = k.row + k.rows;
-  constexpr int R = V::kByteProductRows;
-  for (; end - r >= R; r += R, acc += R * acc_stride) {
-    multiply_bytes<V, R, T>(codes + r * inputs, inputs, weights, steps + r, totals + r, w_steps, acc, acc_stride);
-  }
-  for (; r < end; ++r, acc += acc_stride) {
-    multiply_bytes<V, 1, T>(codes + r * inputs, inputs, weights, steps + r, totals + r, w_steps, acc, acc_stride);
-  }
+  in_blocks<V::kByteProductRows>(k.row, k.row + k.rows, [&](auto rows, int64_t r) {
+    multiply_bytes<V, decltype(rows)::value, T>(codes + r * inputs, inputs, weights, steps + r, totals + r, w_steps,
+                                                acc + (r - k.row) * acc_stride, acc_stride);
+  });
 }
 
 template <class V>

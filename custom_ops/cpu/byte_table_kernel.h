@@ -88,8 +88,8 @@ struct Cursor {
   const uint32_t* words;   // of basis 0
   const uint8_t* tables;   // of the first row of X
   int64_t plane;           // words from one basis to the next
-  int64_t ahead;           // words to prefetch
   int64_t table_stride;    // bytes from one word to the next
+  int64_t ahead;           // words to prefetch
 };
 
 // Adds B bases from `basis` on of one segment to c: R rows of X share the indexes, bases the tables. kWords: words of
@@ -138,7 +138,9 @@ QBB_INLINE void add_byte_tile(const Block& k, int64_t row, int64_t tile, int64_t
   const core::Tiled& w = *k.w;
   const int64_t first = w.segments[s].first;
   Cursor at{w.planes + (tile * w.words + first) * kLanes, k.a.codes + (first * k.M + row) * kBytes * kTableBytes,
-            w.tiles * w.words * kLanes, kAheadWords / w.bases * kLanes, k.M * kBytes * kTableBytes};
+            w.tiles * w.words * kLanes, k.M * kBytes * kTableBytes,
+            // Where a block is a part of K, what comes next is the same part of the next tile.
+            (end - s == w.num_segments ? kAheadWords / w.bases : w.words) * kLanes};
   typename V::Lanes a[R];
   for (int r = 0; r < R; ++r) a[r] = V::load(acc + r * kLanes);
   for (; s < end; ++s) {
@@ -190,31 +192,27 @@ QBB_NOINLINE void run_byte_rows(const Block& k, int64_t row) {
   }
 }
 
-// One row of X: the bases side by side, as many as the registers hold.
-template <class V, int kBytes>
+// R rows of X: the bases side by side, as many as the registers hold.
+template <class V, int kBytes, int R>
 QBB_INLINE void run_byte_row(const Block& k, int64_t row) {
-  if constexpr (V::kByteBases >= 4) {
-    if (k.w->bases == 2) return run_byte_rows<V, kBytes, 1, 2>(k, row);
-    if (k.w->bases == 3) return run_byte_rows<V, kBytes, 1, 3>(k, row);
-    if (k.w->bases >= 4) return run_byte_rows<V, kBytes, 1, 4>(k, row);
+  constexpr int kMost = V::kByteSums / (R * kBytes);
+  if constexpr (kMost >= 4) {
+    if (k.w->bases >= 4) return run_byte_rows<V, kBytes, R, 4>(k, row);
   }
-  run_byte_rows<V, kBytes, 1, 1>(k, row);
+  if constexpr (kMost >= 3) {
+    if (k.w->bases >= 3) return run_byte_rows<V, kBytes, R, 3>(k, row);
+  }
+  if constexpr (kMost >= 2) {
+    if (k.w->bases >= 2) return run_byte_rows<V, kBytes, R, 2>(k, row);
+  }
+  run_byte_rows<V, kBytes, R, 1>(k, row);
 }
 
 template <class V, int kBytes>
 QBB_INLINE void run_byte_tables(const Block& k) {
-  int64_t row = k.row;
-  const int64_t end = k.row + k.rows;
-  if constexpr (V::kByteRows >= 8) {
-    for (; end - row >= 8; row += 8) run_byte_rows<V, kBytes, 8, 1>(k, row);
-  }
-  if constexpr (V::kByteRows >= 4) {
-    for (; end - row >= 4; row += 4) run_byte_rows<V, kBytes, 4, 1>(k, row);
-  }
-  if constexpr (V::kByteRows >= 2) {
-    for (; end - row >= 2; row += 2) run_byte_rows<V, kBytes, 2, 1>(k, row);
-  }
-  for (; row < end; ++row) run_byte_row<V, kBytes>(k, row);
+  in_blocks<V::kByteRows>(k.row, k.row + k.rows, [&](auto rows, int64_t row) {
+    run_byte_row<V, kBytes, decltype(rows)::value>(k, row);
+  });
 }
 
 }  // namespace

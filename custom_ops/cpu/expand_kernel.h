@@ -82,34 +82,31 @@ QBB_NOINLINE void expand(const core::Tiled& w, int64_t tile, int64_t first_word,
 template <class V, int R, int T>
 QBB_INLINE void multiply(const float* x, const float* weights, int inputs, float* acc, int64_t acc_stride) {
   using Lanes = typename V::Lanes;
-  Lanes a[R][T];
-  for (int r = 0; r < R; ++r) {
-    for (int t = 0; t < T; ++t) a[r][t] = V::zero();
-  }
+  Lanes a[R * T];
+  unrolled<R * T>(QBB_EACH(i) { a[i.value] = V::zero(); });
   for (int k = 0; k < inputs; ++k, weights += T * kLanes) {
     Lanes w[T];
-    for (int t = 0; t < T; ++t) w[t] = V::load(weights + t * kLanes);
-    for (int r = 0; r < R; ++r) {
-      const Lanes x_k = V::splat(x[r * kBlockInputs + k]);
-      for (int t = 0; t < T; ++t) a[r][t] = V::fma(x_k, w[t], a[r][t]);
-    }
+    unrolled<T>(QBB_EACH(t) { w[t.value] = V::load(weights + t.value * kLanes); });
+    unrolled<R>(QBB_EACH(r) {
+      const Lanes x_k = V::splat(x[r.value * kBlockInputs + k]);
+      unrolled<T>(QBB_EACH(t) {
+        constexpr int i = r.value * T + t.value;
+        a[i] = V::fma(x_k, w[t.value], a[i]);
+      });
+    });
   }
-  for (int r = 0; r < R; ++r) {
-    for (int t = 0; t < T; ++t) {
-      float* sum = acc + r * acc_stride + t * kLanes;
-      V::store(sum, V::add(V::load(sum), a[r][t]));
-    }
-  }
+  unrolled<R * T>(QBB_EACH(i) {
+    float* sum = acc + i.value / T * acc_stride + i.value % T * kLanes;
+    V::store(sum, V::add(V::load(sum), a[i.value]));
+  });
 }
 
 template <class V, int T>
 QBB_NOINLINE void multiply_rows(const float* x, const float* weights, int inputs, int64_t rows, float* acc,
                                 int64_t acc_stride) {
-  int64_t r = 0;
-  for (; rows - r >= V::kProductRows; r += V::kProductRows) {
-    multiply<V, V::kProductRows, T>(x + r * kBlockInputs, weights, inputs, acc + r * acc_stride, acc_stride);
-  }
-  for (; r < rows; ++r) multiply<V, 1, T>(x + r * kBlockInputs, weights, inputs, acc + r * acc_stride, acc_stride);
+  in_blocks<V::kProductRows>(0, rows, [&](auto count, int64_t r) {
+    multiply<V, decltype(count)::value, T>(x + r * kBlockInputs, weights, inputs, acc + r * acc_stride, acc_stride);
+  });
 }
 
 template <class V>

@@ -86,8 +86,8 @@ void prepare_task(void* arg, int64_t i) {
   run.kernel->prepare(block);
 }
 
-Path path_of(int32_t mode, int64_t M) {
-  const bool many = M >= qbb::core::kManyRows;
+Path path_of(int32_t mode, int64_t bases, int64_t M) {
+  const bool many = qbb::core::many_rows(bases, M);
   switch (mode) {
     case QBB_MODE_INT8: return many ? Path::kByteProduct : Path::kByteTables;
     case QBB_MODE_INT16: return many ? Path::kFloatProduct : Path::kWordTables;  // nothing to gain from 16 bits there
@@ -189,10 +189,14 @@ qbb_status qbb_kernel_run(const qbb_kernel* kernel, int32_t x_dtype, int64_t M, 
     if (M == 0) return;
     need(x, "x");
     need(y, "y");
-    const Path path = path_of(kernel->mode, M);
+    const Path path = path_of(kernel->mode, w.bases, M);
     const bool half = x_dtype == QBB_FLOAT16;
     const int64_t element = half ? 2 : 4;
-    const int64_t step = path == Path::kByteProduct ? qbb::core::kByteProductRows : M;
+    // Integer modes keep what they make of X in memory, for so many rows.
+    const bool tables = path == Path::kByteTables || path == Path::kWordTables;
+    const int64_t step = path == Path::kByteProduct ? qbb::core::kByteProductRows
+                         : tables                   ? qbb::core::kByteTableRows
+                                                    : M;
     for (int64_t row = 0; row < M; row += step) {
       run_rows(*kernel, path, half, std::min(M - row, step), static_cast<const char*>(x) + row * w.K * element,
                static_cast<char*>(y) + row * w.N * element, parallel_for, pool);

@@ -104,7 +104,7 @@ struct Scalar {
     uint8_t u[kStepBytes];
   };
   static constexpr int kByteRows = 1;
-  static constexpr int kByteBases = 1;
+  static constexpr int kByteSums = 1;
   static constexpr int kByteProductRows = 1, kByteProductTiles = 1;
 
   static int32_t to_int(float f) {  // padding may hold anything, even what does not fit
@@ -181,10 +181,16 @@ struct Scalar {
     return out;
   }
   static Dots dots_from(int32_t) { return Dots{}; }
-  static Dots dot(Dots sum, const Bytes& w, int32_t four) {
+  struct Fours {
     int8_t x[4];
-    memcpy(x, &four, sizeof x);
-    for (int i = 0; i < kStepBytes; ++i) sum.i[i / 4] += (w.u[i] - 128) * x[i % 4];
+  };
+  static Fours fours(int32_t four) {
+    Fours out;
+    memcpy(out.x, &four, sizeof out.x);
+    return out;
+  }
+  static Dots dot(Dots sum, const Bytes& w, const Fours& fours) {
+    for (int i = 0; i < kStepBytes; ++i) sum.i[i / 4] += (w.u[i] - 128) * fours.x[i % 4];
     return sum;
   }
   static Lanes dots_to_float(const Dots& a) { return to_float(a); }

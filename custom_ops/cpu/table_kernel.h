@@ -38,6 +38,35 @@ constexpr int kSegmentWords = core::kSegmentWords;
 constexpr int kTableWords = 64;  // 32 KB of tables: they stay in a 48 KB L1 next to the weights that stream past
 constexpr int kPrefetchWords = 24;  // of each basis: hardware alone does not keep up with 1..8 streams that end at tiles
 
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+// f(Constant<0>), ..., f(Constant<N - 1>). Where f keeps sums in an array, GCC unrolls an ordinary loop too late to see
+// that they fit registers, and stores all of them in every step.
+template <int N, class F>
+QBB_INLINE void unrolled(F f) {
+  if constexpr (N > 1) unrolled<N - 1>(f);
+  f(Constant<N - 1>{});
+}
+#define QBB_EACH(i) [&](auto i) __attribute__((always_inline))
+
+// Calls f(rows, first) for blocks of rows from `row` to `end`; rows is a constant, the largest that fits first.
+template <int kMost, class F>
+QBB_INLINE void in_blocks(int64_t row, int64_t end, F f) {
+  for (; end - row >= kMost; row += kMost) f(Constant<kMost>{}, row);
+  if constexpr (kMost > 8) {
+    in_blocks<8>(row, end, f);
+  } else if constexpr (kMost > 4) {
+    in_blocks<4>(row, end, f);
+  } else if constexpr (kMost > 2) {
+    in_blocks<2>(row, end, f);
+  } else if constexpr (kMost > 1) {
+    in_blocks<1>(row, end, f);
+  }
+}
+
 struct Segment {
   int first, count;  // words, counted within the block of K
   int64_t group;
@@ -238,18 +267,9 @@ QBB_NOINLINE void run_rows(const Block& k, int64_t row) {
 // Several rows of X share the look-up of weights and indexes; V::kMaxRows is what fits the registers.
 template <class V>
 QBB_INLINE void run_block(const Block& k) {
-  int64_t row = k.row;
-  const int64_t end = k.row + k.rows;
-  if constexpr (V::kMaxRows >= 8) {
-    for (; end - row >= 8; row += 8) run_rows<V, 8>(k, row);
-  }
-  if constexpr (V::kMaxRows >= 4) {
-    for (; end - row >= 4; row += 4) run_rows<V, 4>(k, row);
-  }
-  if constexpr (V::kMaxRows >= 2) {
-    for (; end - row >= 2; row += 2) run_rows<V, 2>(k, row);
-  }
-  for (; row < end; ++row) run_rows<V, 1>(k, row);
+  in_blocks<V::kMaxRows>(k.row, k.row + k.rows, [&](auto rows, int64_t row) {
+    run_rows<V, decltype(rows)::value>(k, row);
+  });
 }
 
 }  // namespace

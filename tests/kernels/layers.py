@@ -15,8 +15,14 @@ from qbb_export.reference import binary_basis_matmul, dense_weight
 ELEMENT = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.float16): TensorProto.FLOAT16}
 
 
-# As core/tiled.h: from so many rows of X on, kernels make the weights floats first.
-MANY_ROWS = 16
+def many_rows(bases: int, rows: int) -> bool:
+    """As core/partition.h: whether kernels make the weights floats or bytes first."""
+    return bases > 2 and rows > 40 // bases
+
+
+def least_many(bases: int) -> int:
+    """The smallest number of rows that is many, for 3 bases and more."""
+    return 40 // bases + 1
 
 
 @dataclass(frozen=True)
@@ -43,13 +49,13 @@ class Layer:
 
         Promised is 2·K·eps·Σ|s||x|. For long rows our order of additions is far better, and only its own bound sees
         a single wrong bit. Few rows: every term passes 2 additions in a table, 3 in a word, at most 8 in a segment, one
-        product, one addition for each later segment and basis, and the bias. From MANY_ROWS on: the bases and the
+        product, one addition for each later segment and basis, and the bias. Many rows: the bases and the
         offset, at most 128 fused additions in a block, one for each later block, and the bias. Each rounds by 2^-24 at
         most.
         """
         segments = -(-self.spec.words // 8) + self.spec.groups
         depth = 2 + 3 + 8 + 1 + segments * (self.spec.bases + 1) + 1
-        if len(x) >= MANY_ROWS:
+        if many_rows(self.spec.bases, len(x)):
             depth = self.spec.bases + 1 + 128 + -(-self.spec.K // 128) + 1
         promised = 2 * self.spec.K * 2.0**-23
         return min(promised, 1.01 * depth * 2.0**-24) * self.terms(x)

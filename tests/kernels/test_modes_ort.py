@@ -21,7 +21,7 @@ from qbb_export.passes.function_body import AttachFunctionBody
 from qbb_export.passes.verify import VerifyBinaryBasis
 from qbb_export.runtimes.ort import session
 from tests.kernels import abi
-from tests.kernels.layers import MANY_ROWS, Layer, make_layer, make_node, make_node_model
+from tests.kernels.layers import Layer, least_many, make_layer, make_node, make_node_model
 
 
 def layer() -> Layer:
@@ -45,7 +45,7 @@ def open_session(proto: onnx.ModelProto, override: str | None = None, threads: i
     return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize("rows", [3, MANY_ROWS + 3])
+@pytest.mark.parametrize("rows", [3, least_many(3), 40])
 @pytest.mark.parametrize("override", [None, *MODES])
 @pytest.mark.parametrize("mode", [None, 0, 1, 2])
 def test_override_wins(mode: int | None, override: str | None, rows: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 from qbb_export import format as fmt
 from qbb_export.custom_ops import library_info
 from tests.kernels import abi
-from tests.kernels.layers import MANY_ROWS, Layer, group_sizes, in_layout, make_layer, with_garbage
+from tests.kernels.layers import Layer, group_sizes, in_layout, least_many, make_layer, many_rows, with_garbage
 
 NS = (1, 2, 3, 31, 32, 33, 64)
 MS = (1, 2, 3, 5, 8, 17)
@@ -101,7 +101,8 @@ def test_float_within_bound_and_all_isas_equal(case: tuple[int, int, int, int], 
     K, N, bases, group_size = case
     rng = np.random.default_rng([K, N])
     layer = make_layer(rng, K, N, bases, group_size, dtype=dtype)
-    for rows in (MANY_ROWS - 1, MANY_ROWS + 5):
+    border = least_many(bases) if bases > 2 else 40
+    for rows in (border - 1, border, border + 5):
         check_float(layer, rng.normal(size=(rows, K)).astype(x_dtype))
 
 
@@ -116,7 +117,7 @@ def check_float(layer: Layer, x: np.ndarray) -> None:
         rows = abi.Kernel(in_layout(layer, fmt.LAYOUT_ROWS), isa)
         assert same_bytes(rows(x), y), f"{isa}: layout 0"
         # A row does not depend on the rows that it is computed with, as long as they are few or many.
-        if len(x) < MANY_ROWS:
+        if not many_rows(layer.spec.bases, len(x)):
             assert same_bytes(np.concatenate([rows(x[i : i + 1]) for i in range(len(x))]), y), f"{isa}: row by row"
         else:
             wide = np.concatenate([x[3:], x, x, x[:3], x, x, x])  # more than one task high

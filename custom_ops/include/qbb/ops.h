@@ -81,9 +81,9 @@ QBB_EXPORT qbb_status qbb_kernel_create(const qbb_matrix* matrix, int32_t mode, 
 /* y [M, N] = op(x [M, K]); both have type x_dtype (float32 or float16) and are dense. M may be 0.
  *
  * A task uses up to 150 KB of its thread's stack. Exact mode allocates nothing; integer modes take 4 (int8) or 8 (int16)
- * bytes for each of up to 15 rows of X at a time, or 1 for each element of a larger X, and give them back.
+ * bytes for each element of up to 32 rows of X at a time, or 1 for each of up to 512 rows, and give them back.
  * The bytes of y depend neither on the threads nor on the ISA. Those of one row depend on the number of other rows only
- * through the choice between few and many (16). Several threads may run one kernel at a time.
+ * through the choice between few and many (docs/format.md). Several threads may run one kernel at a time.
  * parallel_for: NULL runs everything on the calling thread. */
 QBB_EXPORT qbb_status qbb_kernel_run(const qbb_kernel* kernel, int32_t x_dtype, int64_t M, const void* x, void* y,
                                      qbb_parallel_for parallel_for, void* pool, char* error, size_t error_size);
