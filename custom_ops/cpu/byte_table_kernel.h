@@ -23,7 +23,7 @@ constexpr float kTiny = 0x1p-100f;         // segments below count as zero: 1 / 
 constexpr int kTableBytes = 2 * 64;        // of one word and one byte of the entries
 // Of tables at a time. One row of X leaves time to fetch them from L2, and then weights stream without a break.
 constexpr int kRowTableBytes = 128 << 10;
-constexpr int kBlockTableBytes = 32 << 10;  // they stay in L1 next to the weights that stream past
+constexpr int kBlockTableBytes = 24 << 10;  // they stay in L1 next to the weights that stream past
 // What is asked for ahead, all bases together: memory answers after some 100 ns, in which it could deliver 3 KB.
 constexpr int64_t kAheadWords = 144;
 constexpr int64_t kAheadScales = 16 * kLanes;
@@ -73,7 +73,7 @@ QBB_NOINLINE void build_byte_tables(const Block& k) {
       k.a.steps[s * k.M + row] = step.value * (kBytes == 1 ? 256 : 1);
       k.a.totals[s * k.M + row] = total;
       for (int w = 0; w < segment.words; ++w) {
-        uint8_t* table = k.a.codes + ((segment.first + w) * k.M + row) * kBytes * kTableBytes;
+        uint8_t* table = k.a.codes + ((segment.first + w) * k.a.table_rows + row) * kBytes * kTableBytes;
         for (int h = 0; h < 2; ++h) {
           V::template byte_tables<kBytes>(codes + w * QBB_WORD_BITS + h * 16, table + h * 64,
                                           table + kTableBytes + h * 64);
@@ -137,8 +137,8 @@ template <class V, int kBytes, int R, int B>
 QBB_INLINE void add_byte_tile(const Block& k, int64_t row, int64_t tile, int64_t s, int64_t end, float* acc) {
   const core::Tiled& w = *k.w;
   const int64_t first = w.segments[s].first;
-  Cursor at{w.planes + (tile * w.words + first) * kLanes, k.a.codes + (first * k.M + row) * kBytes * kTableBytes,
-            w.tiles * w.words * kLanes, k.M * kBytes * kTableBytes,
+  Cursor at{w.planes + (tile * w.words + first) * kLanes, k.a.codes + (first * k.a.table_rows + row) * kBytes * kTableBytes,
+            w.tiles * w.words * kLanes, k.a.table_rows * kBytes * kTableBytes,
             // Where a block is a part of K, what comes next is the same part of the next tile.
             (end - s == w.num_segments ? kAheadWords / w.bases : w.words) * kLanes};
   typename V::Lanes a[R];

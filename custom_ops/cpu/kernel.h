@@ -16,7 +16,8 @@ enum class Path {
 
 // What the integer modes make of X. Made once for all tasks; s counts the segments of the matrix.
 struct Activations {
-  uint8_t* codes;   // tables [words, M, bytes, 128], or int8 activations [s, M, inputs of the segment]
+  uint8_t* codes;   // tables [words, table_rows, bytes, 128], or int8 activations [s, M, inputs of the segment]
+  int64_t table_rows;  // at least M
   float* steps;     // [s, M] value of 1; NaN where an activation is not finite
   int32_t* totals;  // [s, M] sums of the rounded activations
 };

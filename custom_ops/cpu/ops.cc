@@ -99,11 +99,14 @@ Path path_of(int32_t mode, int64_t bases, int64_t M) {
 class Scratch {
  public:
   Scratch(const qbb::core::Tiled& w, int64_t M, Path path) {
-    const int64_t inputs = w.words * QBB_WORD_BITS * M;
+    // A kernel reads some rows of each word. An odd distance from word to word spreads them over all of a cache.
+    const int64_t rows = path != Path::kByteProduct && M > 8 ? M | 1 : M;
+    const int64_t inputs = w.words * QBB_WORD_BITS * rows;
     const int64_t codes = path == Path::kByteProduct ? inputs : inputs * (path == Path::kWordTables ? 8 : 4);
     const int64_t numbers = w.num_segments * M;
     memory_.reset(::operator new(static_cast<size_t>(codes + 8 * numbers), kAlignment));
     activations.codes = static_cast<uint8_t*>(memory_.get());
+    activations.table_rows = rows;
     activations.steps = reinterpret_cast<float*>(activations.codes + codes);
     activations.totals = reinterpret_cast<int32_t*>(activations.steps + numbers);
   }

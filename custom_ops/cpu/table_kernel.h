@@ -52,18 +52,23 @@ QBB_INLINE void unrolled(F f) {
 }
 #define QBB_EACH(i) [&](auto i) __attribute__((always_inline))
 
-// Calls f(rows, first) for blocks of rows from `row` to `end`; rows is a constant, the largest that fits first.
+// f(Constant<count>), count being 1..kMost.
+template <int kMost, class F>
+QBB_INLINE void with_constant(int64_t count, F f) {
+  if constexpr (kMost > 1) {
+    if (count < kMost) return with_constant<kMost - 1>(count, f);
+  }
+  f(Constant<kMost>{});
+}
+
+// f(rows, first) for blocks of rows from `row` to `end`, as even as can be and none above kMost: one more row never
+// costs less, because no block is so low that it waits for its own sums.
 template <int kMost, class F>
 QBB_INLINE void in_blocks(int64_t row, int64_t end, F f) {
-  for (; end - row >= kMost; row += kMost) f(Constant<kMost>{}, row);
-  if constexpr (kMost > 8) {
-    in_blocks<8>(row, end, f);
-  } else if constexpr (kMost > 4) {
-    in_blocks<4>(row, end, f);
-  } else if constexpr (kMost > 2) {
-    in_blocks<2>(row, end, f);
-  } else if constexpr (kMost > 1) {
-    in_blocks<1>(row, end, f);
+  for (int64_t blocks = (end - row + kMost - 1) / kMost; blocks > 0; --blocks) {
+    const int64_t count = (end - row + blocks - 1) / blocks;
+    with_constant<kMost>(count, [&](auto rows) { f(rows, row); });
+    row += count;
   }
 }
 
@@ -75,8 +80,8 @@ struct Segment {
 // A block of K for R rows of X: at most kTableWords / R words.
 template <int R>
 struct Tables {
-  static constexpr int kWords = kTableWords / R;
-  static_assert(kWords % kSegmentWords == 0, "a block of K ends where a segment ends");
+  static constexpr int kWords = kTableWords / R / kSegmentWords * kSegmentWords;
+  static_assert(kWords > 0, "a block of K ends where a segment ends");
   alignas(64) float sums[kTableWords * kWordTables];  // [kWords, R, 8, 16]
   float totals[kTableWords];                          // [segments, R] sums of a segment's inputs
   Segment segments[kWords];
