@@ -83,98 +83,107 @@ QBB_NOINLINE void build_byte_tables(const Block& k) {
   }
 }
 
-// Where one tile is read: moves on from segment to segment.
+// Where tiles are read: moves on from segment to segment.
 struct Cursor {
-  const uint32_t* words;   // of basis 0
+  const uint32_t* words;   // of the first tile and basis
   const uint8_t* tables;   // of the first row of X
   int64_t plane;           // words from one basis to the next
+  int64_t tile;            // words from one tile to the next
   int64_t table_stride;    // bytes from one word to the next
   int64_t ahead;           // words to prefetch
 };
 
-// Adds B bases from `basis` on of one segment to c: R rows of X share the indexes, bases the tables. kWords: words of
-// the segment where they are known at compile time, else 0.
-template <class V, int kBytes, int R, int B, int kWords>
+// Adds B bases from `basis` on of one segment to c [T, R]: R rows of X share the indexes, bases and tiles the tables.
+// kWords: words of the segment where they are known at compile time, else 0.
+template <class V, int kBytes, int R, int B, int T, int kWords>
 QBB_INLINE void add_byte_bases(const core::Tiled& w, const Cursor& at, int64_t basis, int num_words, int64_t scales,
                                typename V::Lanes* c) {
   using Lanes = typename V::Lanes;
   const int count = kWords > 0 ? kWords : num_words;
   const uint32_t* words = at.words + basis * at.plane;
   const uint8_t* tables = at.tables;
-  typename V::Ints high[B][R], low[B][R];
-  for (int b = 0; b < B; ++b) {
-    for (int r = 0; r < R; ++r) high[b][r] = low[b][r] = V::zero_ints();
+  constexpr int kStreams = T * B;  // stream i: tile i / B, basis i % B
+  typename V::Ints high[kStreams][R], low[kStreams][R];
+  for (int i = 0; i < kStreams; ++i) {
+    for (int r = 0; r < R; ++r) high[i][r] = low[i][r] = V::zero_ints();
   }
-  for (int i = 0; i < count; ++i, words += kLanes, tables += at.table_stride) {
-    typename V::Indexes index[B];
-    for (int b = 0; b < B; ++b) {
-      index[b] = V::indexes(V::load_words(words + b * at.plane));
-      __builtin_prefetch(words + b * at.plane + at.ahead);
+  for (int word = 0; word < count; ++word, words += kLanes, tables += at.table_stride) {
+    typename V::Indexes index[kStreams];
+    for (int i = 0; i < kStreams; ++i) {
+      const uint32_t* from = words + i / B * at.tile + i % B * at.plane;
+      index[i] = V::indexes(V::load_words(from));
+      __builtin_prefetch(from + at.ahead);
     }
     for (int r = 0; r < R; ++r) {
       const uint8_t* table = tables + r * kBytes * kTableBytes;
-      for (int b = 0; b < B; ++b) {
-        high[b][r] = V::add_signed(high[b][r], index[b], table);
-        if constexpr (kBytes == 2) low[b][r] = V::add_unsigned(low[b][r], index[b], table + kTableBytes);
+      for (int i = 0; i < kStreams; ++i) {
+        high[i][r] = V::add_signed(high[i][r], index[i], table);
+        if constexpr (kBytes == 2) low[i][r] = V::add_unsigned(low[i][r], index[i], table + kTableBytes);
       }
     }
   }
-  const int64_t scale_plane = w.tiles * w.groups * kLanes;
-  for (int b = 0; b < B; ++b) {
-    const int64_t from = scales + (basis + b) * scale_plane;
+  for (int i = 0; i < kStreams; ++i) {
+    const int64_t from = scales + ((basis + i % B) * w.tiles + i / B) * w.groups * kLanes;
     const Lanes scale = load_scales<V>(w, from);
     __builtin_prefetch(static_cast<const char*>(w.scales) + (from + kAheadScales) * (w.half_scales ? 2 : 4));
     for (int r = 0; r < R; ++r) {
-      Lanes p = V::to_float(high[b][r]);
-      if constexpr (kBytes == 2) p = V::fma(p, V::splat(256), V::to_float(low[b][r]));  // exact: below 2^24
-      c[r] = V::fma(scale, p, c[r]);
+      Lanes p = V::to_float(high[i][r]);
+      if constexpr (kBytes == 2) p = V::fma(p, V::splat(256), V::to_float(low[i][r]));  // exact: below 2^24
+      Lanes& sum = c[i / B * R + r];
+      sum = V::fma(scale, p, sum);
     }
   }
 }
 
-// Adds segments s .. end of one tile to the accumulators [R, 16], B bases at a time.
-template <class V, int kBytes, int R, int B>
-QBB_INLINE void add_byte_tile(const Block& k, int64_t row, int64_t tile, int64_t s, int64_t end, float* acc) {
+// Adds segments s .. end of T tiles to the accumulators [T, R, 16], B bases at a time.
+template <class V, int kBytes, int R, int B, int T>
+QBB_INLINE void add_byte_tiles(const Block& k, int64_t row, int64_t tile, int64_t s, int64_t end, float* acc) {
   const core::Tiled& w = *k.w;
   const int64_t first = w.segments[s].first;
-  Cursor at{w.planes + (tile * w.words + first) * kLanes, k.a.codes + (first * k.a.table_rows + row) * kBytes * kTableBytes,
-            w.tiles * w.words * kLanes, k.a.table_rows * kBytes * kTableBytes,
-            // Where a block is a part of K, what comes next is the same part of the next tile.
-            (end - s == w.num_segments ? kAheadWords / w.bases : w.words) * kLanes};
-  typename V::Lanes a[R];
-  for (int r = 0; r < R; ++r) a[r] = V::load(acc + r * kLanes);
+  const bool whole = end - s == w.num_segments;  // else what comes next is the same part of the next tiles
+  const int64_t ahead = kAheadWords / (w.bases * T);
+  Cursor at{w.planes + (tile * w.words + first) * kLanes,
+            k.a.codes + (first * k.a.table_rows + row) * kBytes * kTableBytes,
+            w.tiles * w.words * kLanes,
+            w.words * kLanes,
+            k.a.table_rows * kBytes * kTableBytes,
+            T * w.words * kLanes};
+  typename V::Lanes a[T * R];
+  for (int i = 0; i < T * R; ++i) a[i] = V::load(acc + i * kLanes);
   for (; s < end; ++s) {
     const core::Segment segment = w.segments[s];
     const int64_t scales = (tile * w.groups + segment.group) * kLanes;
-    typename V::Lanes c[R];
-    for (int r = 0; r < R; ++r) c[r] = V::zero();
+    // Past the end of a tile the next one follows, which another stream has read already.
+    if (whole) at.ahead = (segment.first + ahead < w.words ? ahead : ahead + (T - 1) * w.words) * kLanes;
+    typename V::Lanes c[T * R];
+    for (int i = 0; i < T * R; ++i) c[i] = V::zero();
     int64_t b = 0;
     for (; w.bases - b >= B; b += B) {
       if (segment.words == 4) {  // groups of 128
-        add_byte_bases<V, kBytes, R, B, 4>(w, at, b, 4, scales, c);
+        add_byte_bases<V, kBytes, R, B, T, 4>(w, at, b, 4, scales, c);
       } else {
-        add_byte_bases<V, kBytes, R, B, 0>(w, at, b, segment.words, scales, c);
+        add_byte_bases<V, kBytes, R, B, T, 0>(w, at, b, segment.words, scales, c);
       }
     }
     if constexpr (B > 1) {
-      for (; b < w.bases; ++b) add_byte_bases<V, kBytes, R, 1, 0>(w, at, b, segment.words, scales, c);
+      for (; b < w.bases; ++b) add_byte_bases<V, kBytes, R, 1, T, 0>(w, at, b, segment.words, scales, c);
     }
     at.words += segment.words * kLanes;
     at.tables += segment.words * at.table_stride;
     if (w.offset != nullptr) {
-      const typename V::Lanes z = V::load(w.offset + scales);
-      for (int r = 0; r < R; ++r) {
-        const float total = static_cast<float>(k.a.totals[s * k.M + row + r]) * (kBytes == 1 ? 0x1p-8f : 1);
-        c[r] = V::fma(z, V::splat(total), c[r]);
+      for (int i = 0; i < T * R; ++i) {
+        const typename V::Lanes z = V::load(w.offset + scales + i / R * w.groups * kLanes);
+        const float total = static_cast<float>(k.a.totals[s * k.M + row + i % R]) * (kBytes == 1 ? 0x1p-8f : 1);
+        c[i] = V::fma(z, V::splat(total), c[i]);
       }
     }
-    for (int r = 0; r < R; ++r) a[r] = V::fma(c[r], V::splat(k.a.steps[s * k.M + row + r]), a[r]);
+    for (int i = 0; i < T * R; ++i) a[i] = V::fma(c[i], V::splat(k.a.steps[s * k.M + row + i % R]), a[i]);
   }
-  for (int r = 0; r < R; ++r) V::store(acc + r * kLanes, a[r]);
+  for (int i = 0; i < T * R; ++i) V::store(acc + i * kLanes, a[i]);
 }
 
 // R rows of X times all tiles of the block.
-template <class V, int kBytes, int R, int B>
+template <class V, int kBytes, int R, int B, int T = 1>
 QBB_NOINLINE void run_byte_rows(const Block& k, int64_t row) {
   constexpr int kWords = (R == 1 ? kRowTableBytes : kBlockTableBytes) / (R * kBytes * kTableBytes);
   alignas(64) float acc[core::kMaxTaskTiles * R * kLanes];
@@ -183,8 +192,12 @@ QBB_NOINLINE void run_byte_rows(const Block& k, int64_t row) {
     for (int64_t words = 0; end < k.w->num_segments && (end == s || words < kWords); ++end) {
       words += k.w->segments[end].words;
     }
-    for (int64_t i = 0; i < k.tiles; ++i) {
-      add_byte_tile<V, kBytes, R, B>(k, row, k.tile + i, s, end, acc + i * R * kLanes);
+    int64_t i = 0;
+    for (; k.tiles - i >= T; i += T) {
+      add_byte_tiles<V, kBytes, R, B, T>(k, row, k.tile + i, s, end, acc + i * R * kLanes);
+    }
+    if constexpr (T > 1) {
+      for (; i < k.tiles; ++i) add_byte_tiles<V, kBytes, R, B, 1>(k, row, k.tile + i, s, end, acc + i * R * kLanes);
     }
   }
   for (int64_t i = 0; i < k.tiles; ++i) {
@@ -192,7 +205,8 @@ QBB_NOINLINE void run_byte_rows(const Block& k, int64_t row) {
   }
 }
 
-// R rows of X: the bases side by side, as many as the registers hold.
+// R rows of X: the bases side by side, as many as the registers hold. Beside a single basis that is a second tile, which
+// pays where tables come from L2.
 template <class V, int kBytes, int R>
 QBB_INLINE void run_byte_row(const Block& k, int64_t row) {
   constexpr int kMost = V::kByteSums / (R * kBytes);
@@ -204,6 +218,9 @@ QBB_INLINE void run_byte_row(const Block& k, int64_t row) {
   }
   if constexpr (kMost >= 2) {
     if (k.w->bases >= 2) return run_byte_rows<V, kBytes, R, 2>(k, row);
+  }
+  if constexpr (R == 1 && kMost >= 2) {
+    if (k.w->words * kBytes * kTableBytes > kBlockTableBytes) return run_byte_rows<V, kBytes, R, 1, 2>(k, row);
   }
   run_byte_rows<V, kBytes, R, 1>(k, row);
 }
