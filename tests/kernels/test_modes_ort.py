@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -125,6 +126,28 @@ def test_bytes_do_not_depend_on_threads_or_time(mode: str) -> None:
             opened = open_session(make_node_model(big), mode, threads)
             for _ in range(20 if threads == 8 else 3):
                 assert opened.run(None, {"X": x})[0].tobytes() == want, (rows, threads)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell resident memory")
+@pytest.mark.parametrize("mode", MODES)
+def test_runs_and_sessions_leave_no_memory_behind(mode: str) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    big = make_node_model(make_layer(np.random.default_rng(2), 1024, 256, 3, 128))
+    x = np.ones((40, 1024), np.float32)
+
+    def use(times: int) -> None:
+        for rows in (1, 8, 40):
+            for _ in range(times):
+                opened = open_session(big, mode, 2)
+                for _ in range(5):
+                    opened.run(None, {"X": x[:rows]})
+
+    use(20)  # what allocators keep for later
+    before = resident()
+    use(70)
+    assert resident() - before < 5 << 20
 
 
 def test_one_session_on_many_threads() -> None:
