@@ -6,6 +6,10 @@
 
 #include "core/error.h"
 
+#if QBB_ARM_KERNELS && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace qbb::cpu {
 
 #define QBB_KERNEL(name, available, floats, bytes) \

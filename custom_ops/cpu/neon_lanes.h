@@ -61,6 +61,21 @@ struct Neon {
   static QBB_INLINE Lanes mul(const Lanes& a, const Lanes& b) {
     return lanes([&](int i) { return vmulq_f32(a.v[i], b.v[i]); });
   }
+  static QBB_INLINE Lanes sub(const Lanes& a, const Lanes& b) {
+    return lanes([&](int i) { return vsubq_f32(a.v[i], b.v[i]); });
+  }
+  static QBB_INLINE Lanes div(const Lanes& a, const Lanes& b) {
+    return lanes([&](int i) { return vdivq_f32(a.v[i], b.v[i]); });
+  }
+  static QBB_INLINE Lanes max(const Lanes& a, const Lanes& b) {
+    return lanes([&](int i) { return vmaxq_f32(a.v[i], b.v[i]); });
+  }
+  static QBB_INLINE Lanes abs(const Lanes& a) {
+    return lanes([&](int i) { return vabsq_f32(a.v[i]); });
+  }
+  static QBB_INLINE Lanes round(const Lanes& a) {
+    return lanes([&](int i) { return vrndnq_f32(a.v[i]); });
+  }
   static QBB_INLINE Lanes fma(const Lanes& a, const Lanes& b, const Lanes& c) {
     return lanes([&](int i) { return vfmaq_f32(c.v[i], a.v[i], b.v[i]); });
   }

@@ -2,13 +2,15 @@
 //
 //     abi_driver SEED COUNT
 //
-// Compares every instruction set with plain loops over layout 0, and hands broken descriptions in, too.
+// Compares every instruction set with plain loops in exact mode and with the first one in integer modes, and hands
+// broken descriptions in, too.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -44,8 +46,40 @@ void threads_for(void*, int64_t count, void (*task)(void*, int64_t), void* arg) 
   for (std::thread& thread : threads) thread.join();
 }
 
+// y = op(x) in one mode with every instruction set; `check` gets the name of each after its run.
+template <class T, class Check>
+void run_all(const qbb_matrix& m, int32_t mode, int32_t dtype, int64_t M, const Exact<T>& x, Exact<T>& y, Check check) {
+  char error[256];
+  for (int32_t isa = 0; isa < qbb_isa_count(); ++isa) {
+    if (!qbb_isa_available(isa)) continue;
+    qbb_kernel* kernel = nullptr;
+    if (qbb_kernel_create(&m, mode, qbb_isa_name(isa), &kernel, error, sizeof error) != QBB_OK) fail("create", error);
+    const qbb_parallel_for pool = pick(0, 1) ? threads_for : nullptr;
+    std::memset(y.data.get(), 0xff, static_cast<size_t>(y.size) * sizeof(T));  // not written: NaN
+    if (qbb_kernel_run(kernel, dtype, M, x.data.get(), y.data.get(), pool, nullptr, error, sizeof error) != QBB_OK) {
+      fail("run", error);
+    }
+    qbb_kernel_destroy(kernel);
+    check(qbb_isa_name(isa));
+  }
+}
+
+// The same where the first instruction set is what the others are compared with.
+template <class T>
+void run_alike(const qbb_matrix& m, int32_t mode, int32_t dtype, int64_t M, const Exact<T>& x, Exact<T>& y) {
+  std::vector<T> first;
+  run_all(m, mode, dtype, M, x, y, [&](const char* isa) {
+    if (first.empty()) first.assign(y.data.get(), y.data.get() + y.size);
+    const size_t bytes = static_cast<size_t>(y.size) * sizeof(T);
+    if (bytes > 0 && std::memcmp(first.data(), y.data.get(), bytes) != 0) {
+      fail("other bytes than the first instruction set", (isa + (" in mode " + std::to_string(mode))).c_str());
+    }
+  });
+}
+
 void one_matrix() {
-  const int64_t K = pick(0, 3) ? pick(1, 200) : pick(1, 3000), N = pick(1, 70), bases = pick(1, 8), M = pick(0, 40);
+  const int64_t K = pick(0, 3) ? pick(1, 200) : pick(1, 3000), N = pick(1, 70), bases = pick(1, 8);
+  const int64_t M = K > 200 || pick(0, 15) ? pick(0, 40) : pick(510, 540);  // 512 rows are bytes at a time
   int64_t group_size = K;
   if (K > 32 && pick(0, 2)) group_size = 32 * pick(1, (K - 1) / 32);
   const int64_t W = (K + 31) / 32, G = (K + group_size - 1) / group_size, T = (N + 15) / 16;
@@ -71,41 +105,39 @@ void one_matrix() {
   m.offset = {offset.data.get(), has_offset ? (tiled ? tiles_z : rows_z) : one, has_offset && tiled ? 3 : 2, QBB_FLOAT32};
   m.bias = {bias.data.get(), has_bias ? dims_c : one, 1, QBB_FLOAT32};
 
-  char error[256];
-  for (int32_t isa = 0; isa < qbb_isa_count(); ++isa) {
-    if (!qbb_isa_available(isa)) continue;
-    qbb_kernel* kernel = nullptr;
-    if (qbb_kernel_create(&m, QBB_MODE_EXACT, qbb_isa_name(isa), &kernel, error, sizeof error) != QBB_OK) fail("create", error);
-    const qbb_parallel_for pool = pick(0, 1) ? threads_for : nullptr;
-    if (qbb_kernel_run(kernel, QBB_FLOAT32, M, x.data.get(), y.data.get(), pool, nullptr, error, sizeof error) != QBB_OK) {
-      fail("run", error);
-    }
-    for (int64_t row = 0; row < M; ++row) {
-      for (int64_t n = 0; n < N; ++n) {
-        double sum = has_bias ? bias[n] : bias[0];
-        for (int64_t k = 0; k < K; ++k) {
-          const int64_t w = k / 32, g = k / group_size, bit = k % 32;
-          const int64_t tiled_bit = bit < 16 ? bit / 4 * 8 + bit % 4 : (bit - 16) / 4 * 8 + 4 + bit % 4;
-          for (int64_t b = 0; b < bases; ++b) {
-            const uint32_t word = tiled ? planes[((b * T + n / 16) * W + w) * 16 + n % 16] : planes[(b * N + n) * W + w];
-            const int64_t at = tiled ? ((b * T + n / 16) * G + g) * 16 + n % 16 : (b * N + n) * G + g;
-            const double scale = half ? std::ldexp(1.0, (half_scales[at] >> 10) - 15) : double{scales[at]};
-            sum += (word >> (tiled ? tiled_bit : bit) & 1 ? scale : -scale) * x[row * K + k];
-          }
-          const double z = !has_offset ? offset[0] : offset[tiled ? ((n / 16) * G + g) * 16 + n % 16 : n * G + g];
-          sum += z * x[row * K + k];
+  std::vector<double> expected;  // exact: the values are small whole numbers
+  for (int64_t row = 0; row < M; ++row) {
+    for (int64_t n = 0; n < N; ++n) {
+      double sum = has_bias ? bias[n] : bias[0];
+      for (int64_t k = 0; k < K; ++k) {
+        const int64_t w = k / 32, g = k / group_size, bit = k % 32;
+        const int64_t tiled_bit = bit < 16 ? bit / 4 * 8 + bit % 4 : (bit - 16) / 4 * 8 + 4 + bit % 4;
+        for (int64_t b = 0; b < bases; ++b) {
+          const uint32_t word = tiled ? planes[((b * T + n / 16) * W + w) * 16 + n % 16] : planes[(b * N + n) * W + w];
+          const int64_t at = tiled ? ((b * T + n / 16) * G + g) * 16 + n % 16 : (b * N + n) * G + g;
+          const double scale = half ? std::ldexp(1.0, (half_scales[at] >> 10) - 15) : double{scales[at]};
+          sum += (word >> (tiled ? tiled_bit : bit) & 1 ? scale : -scale) * x[row * K + k];
         }
-        if (static_cast<double>(y[row * N + n]) != sum) fail("wrong result", qbb_isa_name(isa));
+        const double z = !has_offset ? offset[0] : offset[tiled ? ((n / 16) * G + g) * 16 + n % 16 : n * G + g];
+        sum += z * x[row * K + k];
       }
+      expected.push_back(sum);
     }
-    Exact<uint16_t> x16(M * K), y16(M * N);
-    for (int64_t i = 0; i < x16.size; ++i) x16[i] = static_cast<uint16_t>(rng() & 0x83ff);  // zeros and subnormals
-    if (qbb_kernel_run(kernel, QBB_FLOAT16, M, x16.data.get(), y16.data.get(), pool, nullptr, error, sizeof error)) {
-      fail("run float16", error);
+  }
+  run_all(m, QBB_MODE_EXACT, QBB_FLOAT32, M, x, y, [&](const char* isa) {
+    for (int64_t i = 0; i < y.size; ++i) {
+      if (static_cast<double>(y[i]) != expected[static_cast<size_t>(i)]) fail("wrong result", isa);
     }
-    qbb_kernel_destroy(kernel);
+  });
+  Exact<uint16_t> x16(M * K), y16(M * N);
+  for (int64_t i = 0; i < x16.size; ++i) x16[i] = static_cast<uint16_t>(rng() & 0x83ff);  // zeros and subnormals
+  run_alike(m, QBB_MODE_EXACT, QBB_FLOAT16, M, x16, y16);
+  for (const int32_t mode : {QBB_MODE_INT8, QBB_MODE_INT16}) {
+    run_alike(m, mode, QBB_FLOAT32, M, x, y);
+    run_alike(m, mode, QBB_FLOAT16, M, x16, y16);
   }
 
+  char error[256];
   // One number wrong: must be refused before anything is read, or be harmless.
   int64_t* const fields[] = {&m.K, &m.N, &m.bases, &m.group_size, &m.layout, &m.format};
   const int64_t evil[] = {0, -1, 1 - tiled, INT64_MAX, INT64_MIN, int64_t{1} << 32, K + 32, N + 16, bases + 1};

@@ -1,9 +1,10 @@
-// Every instruction set of this library against the scalar one, bit for bit, on random floats through the C interface.
+// Every instruction set of this library against the scalar one, bit for bit, in every mode, on random floats through
+// the C interface.
 //
 //     isa_driver SEED COUNT
 //
 // Prints the instruction sets and a digest of all outputs. It is the same on every CPU: the scalar kernel is plain
-// float32 arithmetic in a fixed order, and the inputs come from a generator of fixed bits.
+// arithmetic in a fixed order, and the inputs come from a generator of fixed bits.
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
@@ -43,11 +44,12 @@ void add_to_digest(const std::vector<unsigned char>& bytes) {
   for (const unsigned char byte : bytes) digest = (digest ^ byte) * 0x100000001b3;
 }
 
-std::vector<unsigned char> output(const qbb_matrix& m, const char* isa, int32_t dtype, int64_t M, const void* x) {
+std::vector<unsigned char> output(const qbb_matrix& m, int32_t mode, const char* isa, int32_t dtype, int64_t M,
+                                  const void* x) {
   char error[256];
   std::vector<unsigned char> y(static_cast<size_t>(M * m.N * (dtype == QBB_FLOAT16 ? 2 : 4)));
   qbb_kernel* kernel = nullptr;
-  if (qbb_kernel_create(&m, QBB_MODE_EXACT, isa, &kernel, error, sizeof error) != QBB_OK ||
+  if (qbb_kernel_create(&m, mode, isa, &kernel, error, sizeof error) != QBB_OK ||
       qbb_kernel_run(kernel, dtype, M, x, y.data(), nullptr, nullptr, error, sizeof error) != QBB_OK) {
     fail(isa, error);
   }
@@ -75,6 +77,11 @@ void one_matrix(int index) {
     for (float& v : *values) v = single();
   }
 
+  if (!pick(0, 3)) {  // segments of zeros
+    const size_t end = size(pick(1, K));
+    for (size_t i = 0; i < end; ++i) x[i] = 0, x16[i] = 0;
+  }
+
   const int64_t dims_b[] = {bases, T, W, 16}, dims_s[] = {bases, T, G, 16}, dims_z[] = {T, G, 16}, dims_c[] = {N};
   const int64_t one[] = {1, 1};
   qbb_matrix m{K, N, bases, group_size, QBB_LAYOUT_TILED, QBB_FORMAT_VERSION, {}, {}, {}, {}};
@@ -86,14 +93,16 @@ void one_matrix(int index) {
 
   for (const int32_t dtype : {QBB_FLOAT32, QBB_FLOAT16}) {
     const void* input = dtype == QBB_FLOAT16 ? static_cast<const void*>(x16.data()) : x.data();
-    const std::vector<unsigned char> expected = output(m, "scalar", dtype, M, input);
-    add_to_digest(expected);
-    for (int32_t isa = 0; isa < qbb_isa_count(); ++isa) {
-      if (!qbb_isa_available(isa) || output(m, qbb_isa_name(isa), dtype, M, input) == expected) continue;
-      std::string detail = qbb_isa_name(isa);
-      const int64_t numbers[] = {K, N, M, bases, group_size, half_scales, has_offset, has_bias, dtype};
-      for (const int64_t number : numbers) detail += " " + std::to_string(number);
-      fail("differs from scalar (K N M bases group_size half_scales has_offset has_bias type of X)", detail);
+    for (const int32_t mode : {QBB_MODE_EXACT, QBB_MODE_INT8, QBB_MODE_INT16}) {
+      const std::vector<unsigned char> expected = output(m, mode, "scalar", dtype, M, input);
+      add_to_digest(expected);
+      for (int32_t isa = 0; isa < qbb_isa_count(); ++isa) {
+        if (!qbb_isa_available(isa) || output(m, mode, qbb_isa_name(isa), dtype, M, input) == expected) continue;
+        std::string detail = qbb_isa_name(isa);
+        const int64_t numbers[] = {mode, K, N, M, bases, group_size, half_scales, has_offset, has_bias, dtype};
+        for (const int64_t number : numbers) detail += " " + std::to_string(number);
+        fail("differs from scalar (mode K N M bases group_size half_scales has_offset has_bias type of X)", detail);
+      }
     }
   }
 }

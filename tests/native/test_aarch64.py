@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from qbb_export.custom_ops import library_path
-from tests.native.test_native import CXX, OPS, ROOT, run
+from tests.native.test_native import CXX, OPS, ROOT, check_isa_file, run
 
 PACKAGES = {"aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "qemu-aarch64-static": "qemu-user-static"}
 SYSROOT = "/usr/aarch64-linux-gnu"
 # What each CPU must run. The first is ARMv8.0: a kernel that takes a later instruction without asking dies there.
-ISAS = {"cortex-a53": ["neon", "scalar"], "max": ["neon", "scalar"]}
+ISAS = {"cortex-a53": ["neon", "scalar"], "max": ["neondot", "neon", "scalar"]}
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,10 @@ def test_every_kernel_gives_the_bits_of_the_scalar_one_and_of_x86(arm_library: P
 
 
 def test_exact_numbers_and_broken_descriptions(arm_library: Path, tmp_path: Path) -> None:
-    """Against plain loops over both layouts, with threads."""
+    """Exact mode against plain loops over both layouts, integer modes against each other, with threads."""
     driver = build_driver("aarch64-linux-gnu-g++", "abi_driver.cc", arm_library, tmp_path / "driver")
     assert run_arm("max", driver, 2, 25) == "25 matrices\n"
+
+
+def test_the_dot_product_file_has_no_shared_inline_code(arm_library: Path, tmp_path: Path) -> None:
+    check_isa_file("aarch64-linux-gnu-g++", "aarch64-linux-gnu-nm", "neondot", tmp_path)

@@ -144,31 +144,22 @@ def isa_flags(name: str) -> list[str]:
     return [flag for flag in found[1].split(";") if flag.startswith("-m")]
 
 
+def check_isa_file(compiler: str, nm: str, name: str, folder: Path) -> None:
+    """A weak symbol in a file with flags of its own could replace the plain one everywhere and crash older CPUs."""
+    out = folder / f"{name}.o"
+    for level in ("-O0", "-O2"):
+        includes = ["-I", OPS, "-I", OPS / "include"]
+        run(compiler, "-std=c++17", level, *isa_flags(name), *includes, "-c", OPS / f"cpu/{name}.cc", "-o", out)
+        kinds = {line.split()[-2] for line in run(nm, "--defined-only", out).splitlines()}
+        assert not kinds & {"W", "u"}, run(nm, "-C", "--defined-only", out)
+
+
 def test_every_isa_file_is_compiled_without_shared_inline_code(tmp_path: Path) -> None:
-    """A weak symbol in a file with AVX flags could replace the plain one everywhere and crash older CPUs."""
     nm = shutil.which("nm")
     if nm is None or "avx2" not in library_info().isas:
         pytest.skip("no nm, or no x86 kernels")
     for name in ("avx2", "avx512", "avx512vnni"):
-        flags = isa_flags(name)
-        for level in ("-O0", "-O2"):
-            out = tmp_path / f"{name}.o"
-            run(
-                CXX,
-                "-std=c++17",
-                level,
-                *flags,
-                "-I",
-                OPS,
-                "-I",
-                OPS / "include",
-                "-c",
-                OPS / f"cpu/{name}.cc",
-                "-o",
-                out,
-            )
-            kinds = {line.split()[-2] for line in run(nm, "--defined-only", out).splitlines()}
-            assert not kinds & {"W", "u"}, run(nm, "-C", "--defined-only", out)
+        check_isa_file(CXX, nm, name, tmp_path)
 
 
 def test_plain_cpus_get_the_scalar_kernel(tmp_path: Path) -> None:
