@@ -17,8 +17,11 @@ struct Partition {
 };
 
 // Whether weights are made floats or bytes first (cpu/expand_kernel.h, cpu/byte_product_kernel.h). Making them costs
-// some ten rows; then a row costs as much as the look-ups of two bases.
-inline bool many_rows(int64_t bases, int64_t M) { return bases > 2 && M > 40 / bases; }
+// some ten rows; then a row costs as much as the look-ups of two bases. In int16 mode the product is one of floats, and
+// look-ups keep up with it for longer.
+inline bool many_rows(int32_t mode, int64_t bases, int64_t M) {
+  return bases > 2 && M > (mode == QBB_MODE_INT16 ? 128 : 40) / bases;
+}
 
 inline Partition partition(const Tiled& w, int64_t M, bool many_rows) {
   // Each task builds its own tables, so chunks should be large; but idle cores cost more than tables. A task of fewer

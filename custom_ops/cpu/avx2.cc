@@ -22,7 +22,7 @@ struct Avx2 {
   };
   static constexpr int kMaxRows = 2;
   static constexpr int kExpandBases = 2;
-  static constexpr int kMaxBases = 1;
+  static constexpr int kFloatSums = 1;
   static constexpr int kProductRows = 6, kProductTiles = 1;  // 12 sums, 2 weights and an input of 16 registers
 
   static QBB_INLINE Lanes zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -108,7 +108,7 @@ struct Avx2 {
   };
   using Bytes = Words;
   static constexpr int kByteRows = 2;
-  static constexpr int kByteSums = 1;  // that registers hold beside the indexes
+  static constexpr int kByteSums = 0;  // bases side by side would not fit
   static constexpr int kByteProductRows = 4, kByteProductTiles = 1;
 
   static QBB_INLINE __m256 half_quad_sums(__m256 a) {

@@ -17,7 +17,7 @@ struct Avx512 {
   static constexpr int kMaxRows = 8;
   static constexpr int kProductRows = 12, kProductTiles = 2;  // 24 sums, 2 weights and an input of 32 registers
   static constexpr int kExpandBases = 4;
-  static constexpr int kMaxBases = 3;  // their chains of additions run side by side where there is one row only
+  static constexpr int kFloatSums = 6;  // of look-ups, rows times bases: their chains of additions run side by side
 
   static QBB_INLINE Lanes zero() { return _mm512_setzero_ps(); }
   static QBB_INLINE Lanes splat(float value) { return _mm512_set1_ps(value); }

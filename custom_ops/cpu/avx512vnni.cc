@@ -13,7 +13,7 @@ struct Avx512Vnni : Avx512 {
     __m512i low, high;
   };
   static constexpr int kByteRows = 8;
-  static constexpr int kByteSums = 16;  // that registers hold beside the indexes
+  static constexpr int kByteSums = 16;  // rows times bases times bytes: what registers hold beside the indexes
   static constexpr int kByteProductRows = 12, kByteProductTiles = 2;  // 24 sums, 2 weights and an input of 32 registers
 
   static QBB_INLINE Lanes quad_sums(Lanes a) {

@@ -137,24 +137,27 @@ QBB_INLINE void add_byte_bases(const core::Tiled& w, const Cursor& at, int64_t b
 
 // Adds segments s .. end of T tiles to the accumulators [T, R, 16], B bases at a time.
 template <class V, int kBytes, int R, int B, int T>
-QBB_INLINE void add_byte_tiles(const Block& k, int64_t row, int64_t tile, int64_t s, int64_t end, float* acc) {
+QBB_INLINE void add_byte_tiles(const Block& k, int64_t row, int64_t tile, bool last, int64_t s, int64_t end,
+                               float* acc) {
   const core::Tiled& w = *k.w;
   const int64_t first = w.segments[s].first;
-  const bool whole = end - s == w.num_segments;  // else what comes next is the same part of the next tiles
-  const int64_t ahead = kAheadWords / (w.bases * T);
+  const core::Segment& final = w.segments[end - 1];
+  const int64_t block = final.first + final.words - first;
+  const int64_t distance = kAheadWords / (w.bases * T) < block ? kAheadWords / (w.bases * T) : block;
   Cursor at{w.planes + (tile * w.words + first) * kLanes,
             k.a.codes + (first * k.a.table_rows + row) * kBytes * kTableBytes,
             w.tiles * w.words * kLanes,
             w.words * kLanes,
             k.a.table_rows * kBytes * kTableBytes,
-            T * w.words * kLanes};
+            0};
   typename V::Lanes a[T * R];
   for (int i = 0; i < T * R; ++i) a[i] = V::load(acc + i * kLanes);
   for (; s < end; ++s) {
     const core::Segment segment = w.segments[s];
     const int64_t scales = (tile * w.groups + segment.group) * kLanes;
-    // Past the end of a tile the next one follows, which another stream has read already.
-    if (whole) at.ahead = (segment.first + ahead < w.words ? ahead : ahead + (T - 1) * w.words) * kLanes;
+    // The word that is read `distance` words later: in this block, or in the same block of the next tiles of the task.
+    const bool inside = segment.first - first + distance < block;
+    at.ahead = inside ? distance * kLanes : last ? 0 : (T * w.words + distance - block) * kLanes;
     typename V::Lanes c[T * R];
     for (int i = 0; i < T * R; ++i) c[i] = V::zero();
     int64_t b = 0;
@@ -194,10 +197,12 @@ QBB_NOINLINE void run_byte_rows(const Block& k, int64_t row) {
     }
     int64_t i = 0;
     for (; k.tiles - i >= T; i += T) {
-      add_byte_tiles<V, kBytes, R, B, T>(k, row, k.tile + i, s, end, acc + i * R * kLanes);
+      add_byte_tiles<V, kBytes, R, B, T>(k, row, k.tile + i, i + T >= k.tiles, s, end, acc + i * R * kLanes);
     }
     if constexpr (T > 1) {
-      for (; i < k.tiles; ++i) add_byte_tiles<V, kBytes, R, B, 1>(k, row, k.tile + i, s, end, acc + i * R * kLanes);
+      for (; i < k.tiles; ++i) {
+        add_byte_tiles<V, kBytes, R, B, 1>(k, row, k.tile + i, true, s, end, acc + i * R * kLanes);
+      }
     }
   }
   for (int64_t i = 0; i < k.tiles; ++i) {
@@ -205,31 +210,29 @@ QBB_NOINLINE void run_byte_rows(const Block& k, int64_t row) {
   }
 }
 
-// R rows of X: the bases side by side, as many as the registers hold. Beside a single basis that is a second tile, which
-// pays where tables come from L2.
-template <class V, int kBytes, int R>
-QBB_INLINE void run_byte_row(const Block& k, int64_t row) {
-  constexpr int kMost = V::kByteSums / (R * kBytes);
-  if constexpr (kMost >= 4) {
-    if (k.w->bases >= 4) return run_byte_rows<V, kBytes, R, 4>(k, row);
-  }
-  if constexpr (kMost >= 3) {
-    if (k.w->bases >= 3) return run_byte_rows<V, kBytes, R, 3>(k, row);
-  }
-  if constexpr (kMost >= 2) {
-    if (k.w->bases >= 2) return run_byte_rows<V, kBytes, R, 2>(k, row);
-  }
-  if constexpr (R == 1 && kMost >= 2) {
-    if (k.w->words * kBytes * kTableBytes > kBlockTableBytes) return run_byte_rows<V, kBytes, R, 1, 2>(k, row);
-  }
-  run_byte_rows<V, kBytes, R, 1>(k, row);
+// Blocks of rows of X that leave registers for B bases side by side. Beside a single row and basis that is a second tile,
+// which pays where tables come from L2.
+template <class V, int kBytes, int B>
+QBB_INLINE void run_byte_blocks(const Block& k) {
+  constexpr int kFit = V::kByteSums / (B * kBytes);
+  constexpr int kRows = 0 < kFit && kFit < V::kByteRows ? kFit : V::kByteRows;
+  in_blocks<kRows>(k.row, k.row + k.rows, [&](auto rows, int64_t row) {
+    constexpr int R = decltype(rows)::value;
+    if constexpr (R == 1 && B == 1 && kFit >= 2) {
+      if (k.w->words * kBytes * kTableBytes > kBlockTableBytes) return run_byte_rows<V, kBytes, R, B, 2>(k, row);
+    }
+    run_byte_rows<V, kBytes, R, B>(k, row);
+  });
 }
 
 template <class V, int kBytes>
 QBB_INLINE void run_byte_tables(const Block& k) {
-  in_blocks<V::kByteRows>(k.row, k.row + k.rows, [&](auto rows, int64_t row) {
-    run_byte_row<V, kBytes, decltype(rows)::value>(k, row);
-  });
+  if constexpr (V::kByteSums >= 4 * kBytes) {
+    if (k.w->bases >= 4) return run_byte_blocks<V, kBytes, 4>(k);
+    if (k.w->bases == 3) return run_byte_blocks<V, kBytes, 3>(k);
+    if (k.w->bases == 2) return run_byte_blocks<V, kBytes, 2>(k);
+  }
+  run_byte_blocks<V, kBytes, 1>(k);
 }
 
 }  // namespace

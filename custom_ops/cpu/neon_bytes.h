@@ -30,7 +30,7 @@ struct NeonBytes : Neon {
   using Fours = int32_t;  // the products splat it
   static QBB_INLINE Fours fours(int32_t four) { return four; }
   static constexpr int kByteRows = 4;
-  static constexpr int kByteSums = 1;  // bases side by side would spill
+  static constexpr int kByteSums = 0;  // bases side by side would not fit
 
   template <class F>
   static QBB_INLINE Bytes bytes(F f) {

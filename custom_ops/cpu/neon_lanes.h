@@ -22,7 +22,7 @@ struct Neon {
   };
   static constexpr int kMaxRows = 2;
   static constexpr int kExpandBases = 2;
-  static constexpr int kMaxBases = 1;
+  static constexpr int kFloatSums = 1;
   static constexpr int kProductRows = 5, kProductTiles = 1;  // with 6 rows GCC spills
 
   // f(i) for each register.

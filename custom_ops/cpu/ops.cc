@@ -87,7 +87,7 @@ void prepare_task(void* arg, int64_t i) {
 }
 
 Path path_of(int32_t mode, int64_t bases, int64_t M) {
-  const bool many = qbb::core::many_rows(bases, M);
+  const bool many = qbb::core::many_rows(mode, bases, M);
   switch (mode) {
     case QBB_MODE_INT8: return many ? Path::kByteProduct : Path::kByteTables;
     case QBB_MODE_INT16: return many ? Path::kFloatProduct : Path::kWordTables;  // nothing to gain from 16 bits there

@@ -16,7 +16,7 @@ struct Scalar {
   };
   static constexpr int kMaxRows = 1;
   static constexpr int kExpandBases = 1;
-  static constexpr int kMaxBases = 1;
+  static constexpr int kFloatSums = 1;
   static constexpr int kProductRows = 1, kProductTiles = 1;
 
   template <class F>
@@ -104,7 +104,7 @@ struct Scalar {
     uint8_t u[kStepBytes];
   };
   static constexpr int kByteRows = 1;
-  static constexpr int kByteSums = 1;
+  static constexpr int kByteSums = 0;
   static constexpr int kByteProductRows = 1, kByteProductTiles = 1;
 
   static int32_t to_int(float f) {  // padding may hold anything, even what does not fit

@@ -212,9 +212,11 @@ QBB_INLINE void add_tile(const core::Tiled& w, int64_t tile, int64_t first_word,
     int64_t ahead = segment.first + distance < t.words ? distance : w.words + distance - t.words;
     ahead = tile + 1 == w.tiles ? 0 : ahead * kLanes;
     int64_t b = 0;
-    if constexpr (R == 1 && V::kMaxBases >= 3) {
+    if constexpr (V::kFloatSums >= 3 * R) {
       for (; w.bases - b >= 3; b += 3) add_bases<V, R, 3>(w, b * w.tiles + tile, segment, first_word, tables, ahead, a);
-      if (w.bases - b == 2) {
+    }
+    if constexpr (V::kFloatSums >= 2 * R) {
+      while (w.bases - b >= 2) {
         add_bases<V, R, 2>(w, b * w.tiles + tile, segment, first_word, tables, ahead, a);
         b += 2;
       }

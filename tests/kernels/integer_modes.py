@@ -100,7 +100,7 @@ def expected(layer: Layer, x: np.ndarray, mode: int) -> tuple[np.ndarray, np.nda
     for the steps.
     """
     spec = layer.spec
-    y, size = product(layer, x) if many_rows(spec.bases, len(x)) and mode == INT8 else tables(layer, x, mode)
+    y, size = product(layer, x) if many_rows(spec.bases, len(x), mode) and mode == INT8 else tables(layer, x, mode)
     depth = len(segments(spec)) + spec.bases + 6
     return y, 1.01 * depth * 2.0**-24 * size
 
@@ -112,7 +112,7 @@ def promise(layer: Layer, x: np.ndarray, mode: int) -> np.ndarray:
     for first, end, group in segments(layer.spec):
         part = np.abs(np.pad(x[:, first:end].astype(np.float64), ((0, 0), (0, -(end - first) % 4))))
         weight = np.abs(scales[:, :, group]).sum(axis=0) + np.abs(offset[:, group])
-        if not many_rows(layer.spec.bases, len(x)):
+        if not many_rows(layer.spec.bases, len(x), mode):
             quads = part.reshape(len(x), -1, 4).sum(axis=-1)
             one = quads.max(axis=1) * quads.shape[1] / (250 if mode == INT8 else 16256)
             bound += one[:, None] * weight

@@ -15,14 +15,14 @@ from qbb_export.reference import binary_basis_matmul, dense_weight
 ELEMENT = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.float16): TensorProto.FLOAT16}
 
 
-def many_rows(bases: int, rows: int) -> bool:
-    """As core/partition.h: whether kernels make the weights floats or bytes first."""
-    return bases > 2 and rows > 40 // bases
+def least_many(bases: int, mode: int = 0) -> int:
+    """As core/partition.h: from so many rows and 3 bases on, kernels make the weights floats or bytes first."""
+    return (128 if mode == 2 else 40) // bases + 1
 
 
-def least_many(bases: int) -> int:
-    """The smallest number of rows that is many, for 3 bases and more."""
-    return 40 // bases + 1
+def many_rows(bases: int, rows: int, mode: int = 0) -> bool:
+    """Whether they do."""
+    return bases > 2 and rows >= least_many(bases, mode)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def check(layer: Layer, x: np.ndarray, mode: int) -> None:
         assert y.tobytes() == results["scalar"].tobytes(), isa
         rows = abi.Kernel(in_layout(layer, fmt.LAYOUT_ROWS), isa, mode)
         assert rows(x).tobytes() == y.tobytes(), f"{isa}: layout 0"
-        if not many_rows(layer.spec.bases, len(x)):
+        if not many_rows(layer.spec.bases, len(x), mode):
             alone = np.concatenate([rows(x[i : i + 1]) for i in range(len(x))])
             assert alone.tobytes() == y.tobytes(), f"{isa}: row by row"
         else:
@@ -63,7 +63,7 @@ def test_few_rows(case: tuple[int, int, int, int], x_dtype: type) -> None:
     rng = np.random.default_rng([K, N])
     for mode, dtype, offset in itertools.product((INT8, INT16), (np.float16, np.float32), (False, True)):
         layer = make_layer(rng, K, N, bases, group_size, dtype=dtype, offset=offset)
-        most = 40 if bases <= 2 else least_many(bases) - 1  # 40: more than are rounded at a time
+        most = 40 if bases <= 2 else least_many(bases, mode) - 1  # 40: more than are rounded at a time
         for rows in (int(rng.integers(1, most)), most):
             check(layer, activations(rng, rows, K, x_dtype), mode)
 
@@ -82,7 +82,7 @@ def test_many_rows_int16_are_exact_mode() -> None:
     """16 bits would gain nothing there, so nothing is rounded."""
     rng = np.random.default_rng(0)
     layer = make_layer(rng, 300, 40, 3, 96)
-    x = activations(rng, least_many(3), 300, np.float32)
+    x = activations(rng, least_many(3, INT16), 300, np.float32)
     for isa in abi.isas():
         assert abi.Kernel(layer, isa, INT16)(x).tobytes() == abi.Kernel(layer, isa)(x).tobytes()
 
@@ -95,7 +95,7 @@ def test_shapes(K: int) -> None:
         layer = make_layer(rng, K, N, bases, int(rng.choice(group_sizes(K))), offset=bool(rng.integers(2)))
         for M, mode in ((1, INT8), (2, INT16), (5, INT8), (15, INT16), (17, INT8)):
             x = activations(rng, M, K, np.float32)
-            rounds = mode == INT8 or not many_rows(bases, M)
+            rounds = mode == INT8 or not many_rows(bases, M, mode)
             want, bound = expected(layer, x, mode) if rounds else (layer.exact(x), layer.bound(x))
             results = {isa: abi.Kernel(layer, isa, mode)(x) for isa in abi.isas()}
             for isa, y in results.items():
@@ -130,7 +130,9 @@ def test_tiny_and_huge_activations(mode: int) -> None:
         for M in (2, 16):
             x = (activations(rng, M, 96, np.float64) * scale).astype(np.float32)
             want, bound = (
-                expected(layer, x, mode) if mode == INT8 or not many_rows(3, M) else (layer.exact(x), layer.bound(x))
+                expected(layer, x, mode)
+                if mode == INT8 or not many_rows(3, M, mode)
+                else (layer.exact(x), layer.bound(x))
             )
             for isa in abi.isas():
                 y = abi.Kernel(layer, isa, mode)(x)
