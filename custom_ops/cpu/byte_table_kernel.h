@@ -23,6 +23,8 @@ constexpr float kTiny = 0x1p-100f;         // segments below count as zero: 1 / 
 constexpr int kTableBytes = 2 * 64;        // of one word and one byte of the entries
 // Of tables at a time. One row of X leaves time to fetch them from L2, and then weights stream without a break.
 constexpr int kRowTableBytes = 128 << 10;
+constexpr int64_t kAllTableBytes = 256 << 10;
+constexpr int64_t kWeightBytes = 384 << 10;
 constexpr int kBlockTableBytes = 24 << 10;  // they stay in L1 next to the weights that stream past
 // What is asked for ahead, all bases together: memory answers after some 100 ns, in which it could deliver 3 KB.
 constexpr int64_t kAheadWords = 144;
@@ -137,8 +139,7 @@ QBB_INLINE void add_byte_bases(const core::Tiled& w, const Cursor& at, int64_t b
 
 // Adds segments s .. end of T tiles to the accumulators [T, R, 16], B bases at a time.
 template <class V, int kBytes, int R, int B, int T>
-QBB_INLINE void add_byte_tiles(const Block& k, int64_t row, int64_t tile, bool last, int64_t s, int64_t end,
-                               float* acc) {
+QBB_INLINE void add_byte_tiles(const Block& k, int64_t row, int64_t tile, int64_t s, int64_t end, float* acc) {
   const core::Tiled& w = *k.w;
   const int64_t first = w.segments[s].first;
   const core::Segment& final = w.segments[end - 1];
@@ -155,9 +156,9 @@ QBB_INLINE void add_byte_tiles(const Block& k, int64_t row, int64_t tile, bool l
   for (; s < end; ++s) {
     const core::Segment segment = w.segments[s];
     const int64_t scales = (tile * w.groups + segment.group) * kLanes;
-    // The word that is read `distance` words later: in this block, or in the same block of the next tiles of the task.
+    // The word that is read `distance` words later: in this block, or in the same block of the next tiles.
     const bool inside = segment.first - first + distance < block;
-    at.ahead = inside ? distance * kLanes : last ? 0 : (T * w.words + distance - block) * kLanes;
+    at.ahead = (inside ? distance : T * w.words + distance - block) * kLanes;
     typename V::Lanes c[T * R];
     for (int i = 0; i < T * R; ++i) c[i] = V::zero();
     int64_t b = 0;
@@ -197,12 +198,10 @@ QBB_NOINLINE void run_byte_rows(const Block& k, int64_t row) {
     }
     int64_t i = 0;
     for (; k.tiles - i >= T; i += T) {
-      add_byte_tiles<V, kBytes, R, B, T>(k, row, k.tile + i, i + T >= k.tiles, s, end, acc + i * R * kLanes);
+      add_byte_tiles<V, kBytes, R, B, T>(k, row, k.tile + i, s, end, acc + i * R * kLanes);
     }
     if constexpr (T > 1) {
-      for (; i < k.tiles; ++i) {
-        add_byte_tiles<V, kBytes, R, B, 1>(k, row, k.tile + i, true, s, end, acc + i * R * kLanes);
-      }
+      for (; i < k.tiles; ++i) add_byte_tiles<V, kBytes, R, B, 1>(k, row, k.tile + i, s, end, acc + i * R * kLanes);
     }
   }
   for (int64_t i = 0; i < k.tiles; ++i) {
@@ -210,29 +209,48 @@ QBB_NOINLINE void run_byte_rows(const Block& k, int64_t row) {
   }
 }
 
-// Blocks of rows of X that leave registers for B bases side by side. Beside a single row and basis that is a second tile,
-// which pays where tables come from L2.
-template <class V, int kBytes, int B>
+// R rows of X: the bases side by side, as many as the registers hold. Beside a single row and basis that is a second
+// tile, which pays where tables come from L2.
+template <class V, int kBytes, int R>
+QBB_INLINE void run_byte_row(const Block& k, int64_t row) {
+  constexpr int kFit = V::kByteSums / (R * kBytes);
+  if constexpr (kFit >= 4) {
+    if (k.w->bases >= 4) return run_byte_rows<V, kBytes, R, 4>(k, row);
+  }
+  if constexpr (kFit >= 3) {
+    if (k.w->bases >= 3) return run_byte_rows<V, kBytes, R, 3>(k, row);
+  }
+  if constexpr (kFit >= 2) {
+    if (k.w->bases >= 2) return run_byte_rows<V, kBytes, R, 2>(k, row);
+  }
+  if constexpr (R == 1 && kFit >= 2) {
+    if (k.w->words * kBytes * kTableBytes > kBlockTableBytes) return run_byte_rows<V, kBytes, R, 1, 2>(k, row);
+  }
+  run_byte_rows<V, kBytes, R, 1>(k, row);
+}
+
+template <class V, int kBytes, int kRows>
 QBB_INLINE void run_byte_blocks(const Block& k) {
-  constexpr int kFit = V::kByteSums / (B * kBytes);
-  constexpr int kRows = 0 < kFit && kFit < V::kByteRows ? kFit : V::kByteRows;
-  in_blocks<kRows>(k.row, k.row + k.rows, [&](auto rows, int64_t row) {
-    constexpr int R = decltype(rows)::value;
-    if constexpr (R == 1 && B == 1 && kFit >= 2) {
-      if (k.w->words * kBytes * kTableBytes > kBlockTableBytes) return run_byte_rows<V, kBytes, R, B, 2>(k, row);
-    }
-    run_byte_rows<V, kBytes, R, B>(k, row);
-  });
+  // Tiles whose weights stay in L2 until the last block of rows has passed.
+  const int64_t fit = kWeightBytes / (k.w->bases * k.w->words * kLanes * 4);
+  const int64_t step = k.rows <= kRows ? k.tiles : fit < 1 ? 1 : fit;
+  Block part = k;
+  for (int64_t tile = 0; tile < k.tiles; tile += step) {
+    part.tile = k.tile + tile;
+    part.tiles = k.tiles - tile < step ? k.tiles - tile : step;
+    in_blocks<kRows>(k.row, k.row + k.rows, [&](auto rows, int64_t row) {
+      run_byte_row<V, kBytes, decltype(rows)::value>(part, row);
+    });
+  }
 }
 
 template <class V, int kBytes>
 QBB_INLINE void run_byte_tables(const Block& k) {
-  if constexpr (V::kByteSums >= 4 * kBytes) {
-    if (k.w->bases >= 4) return run_byte_blocks<V, kBytes, 4>(k);
-    if (k.w->bases == 3) return run_byte_blocks<V, kBytes, 3>(k);
-    if (k.w->bases == 2) return run_byte_blocks<V, kBytes, 2>(k);
+  constexpr int kRows = V::kByteRows;
+  if constexpr (kRows > 4) {  // long rows: the tables of fewer of them fit L2
+    if (k.w->words * kRows * kBytes * kTableBytes > kAllTableBytes) return run_byte_blocks<V, kBytes, 4>(k);
   }
-  run_byte_blocks<V, kBytes, 1>(k);
+  run_byte_blocks<V, kBytes, kRows>(k);
 }
 
 }  // namespace

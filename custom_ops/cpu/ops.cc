@@ -100,7 +100,7 @@ class Scratch {
  public:
   Scratch(const qbb::core::Tiled& w, int64_t M, Path path) {
     // A kernel reads some rows of each word. An odd distance from word to word spreads them over all of a cache.
-    const int64_t rows = path != Path::kByteProduct && M > 8 ? M | 1 : M;
+    const int64_t rows = path != Path::kByteProduct && M > 4 ? M | 1 : M;
     const int64_t inputs = w.words * QBB_WORD_BITS * rows;
     const int64_t codes = path == Path::kByteProduct ? inputs : inputs * (path == Path::kWordTables ? 8 : 4);
     const int64_t numbers = w.num_segments * M;
