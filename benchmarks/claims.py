@@ -75,21 +75,32 @@ def bandwidth(n: int) -> Claim:
     return Claim(text, "1", 0.8, False, lambda rows: next((r.share for r in rows if r.batch == 1 and pick(r)), None))
 
 
-def few_rows(text: str, mode: str, against: Callable[[int], bool]) -> Claim:
-    """Time for each row of X over that at a smaller batch: the worst of 2 to 16 rows and all numbers of bases.
+def few_rows(mode: str, text: str, figure: Callable[[float, int, float, int], float]) -> Claim:
+    """The worst of 2 to 16 rows of X and all numbers of bases.
 
     Args:
-        against: which smaller batches count; the largest of them is taken.
+        figure: of the time at one row or at the next smaller batch, that batch, the time here and this batch.
     """
 
     def figures(rows: Sequence[Row]) -> Iterator[float]:
         times = {(row.kind.width, row.batch): row.median_ms for row in rows if ours(mode, row.kind.width)(row)}
         for (width, batch), ms in times.items():
-            smaller = [b for w, b in times if w == width and b < batch and against(b)]
-            if batch <= 16 and smaller:
-                yield (ms / batch) / (times[width, max(smaller)] / max(smaller))
+            smaller = sorted(b for w, b in times if w == width and b < batch <= 16)
+            yield from (figure(times[width, b], b, ms, batch) for b in {*smaller[:1], *smaller[-1:]})
 
-    return Claim(f"{mode}: {text}", "2..16", 1, True, lambda rows: max(figures(rows), default=None))
+    return Claim(f"{mode}: {text}, worst", "2..16", 1, True, lambda rows: max(figures(rows), default=None))
+
+
+def never_slower(mode: str) -> Claim:
+    """M rows at once against M single calls."""
+    return few_rows(
+        mode, "M rows / M single calls", lambda less, few, ms, batch: ms / (batch * less) if few == 1 else 0.0
+    )
+
+
+def monotone(mode: str) -> Claim:
+    """More rows never take less time, so that there is no number of rows that one had better fill up."""
+    return few_rows(mode, "fewer rows / more rows", lambda less, few, ms, batch: less / ms)
 
 
 def claims(modes: Sequence[str]) -> list[Claim]:
@@ -107,8 +118,8 @@ def claims(modes: Sequence[str]) -> list[Claim]:
         ratio("MatMulNBits 2-bit L0 / exact 2 bases", 1, nbits(2, 0), exact(2), 100, at_most=False),
         ratio(f"int8 3 bases / {four} L4", 128, int8(3), nbits(4, 4), 1.3, at_most=True),
         *(ratio(f"exact {bases(n)} / fp32", 128, exact(n), fp32, 1.15, at_most=True) for n in range(1, 5)),
-        *(few_rows("time a row / alone, worst", mode, lambda batch: batch == 1) for mode in modes),
-        *(few_rows("time a row / at next smaller M, worst", mode, lambda batch: True) for mode in modes),
+        *(never_slower(mode) for mode in modes),
+        *(monotone(mode) for mode in modes),
     ]
 
 
