@@ -21,11 +21,11 @@ namespace {
 constexpr float kLargest = 32512;          // of a sum: 127 * 256, so that rounding to a byte never leaves -127..127
 constexpr float kTiny = 0x1p-100f;         // segments below count as zero: 1 / q stays finite
 constexpr int kTableBytes = 2 * 64;        // of one word and one byte of the entries
-// Of tables at a time. One row of X leaves time to fetch them from L2, and then weights stream without a break.
-constexpr int kRowTableBytes = 128 << 10;
-constexpr int64_t kAllTableBytes = 256 << 10;
-constexpr int64_t kWeightBytes = 384 << 10;
-constexpr int kBlockTableBytes = 24 << 10;  // they stay in L1 next to the weights that stream past
+// Of tables at a time:
+constexpr int kRowTableBytes = 128 << 10;      // one row of X leaves time to fetch them from L2: weights stream on
+constexpr int kBlockTableBytes = 24 << 10;     // more rows: they stay in L1 next to the weights that stream past
+constexpr int64_t kAllTableBytes = 256 << 10;  // of all K and a block of rows: a part of L2
+constexpr int64_t kWeightBytes = 384 << 10;    // of weights that several blocks of rows read: another part of it
 // What is asked for ahead, all bases together: memory answers after some 100 ns, in which it could deliver 3 KB.
 constexpr int64_t kAheadWords = 144;
 constexpr int64_t kAheadScales = 16 * kLanes;
