@@ -15,7 +15,7 @@ from qbb_export.distill.objective import distance, run, vocabulary_size
 from qbb_export.distill.settings import DistillSettings
 from qbb_export.distill.student import Target
 from qbb_export.distill.text import Tokens
-from qbb_export.distill.train import micro_batches
+from qbb_export.distill.train import micro_batches, own_rows
 from qbb_export.quantize import Quantized
 
 
@@ -49,7 +49,7 @@ class MeasuredModel:
         total, count, settings = 0.0, 0, DistillSettings(loss="kl")
         with torch.no_grad():
             for batch in text:
-                for ids, _ in micro_batches(batch, self._device, vocabulary_size(self._model)):
+                for ids, _ in micro_batches(*own_rows(batch, self._device), vocabulary_size(self._model)):
                     found = distance(run(self._model, ids), run(self._teacher, ids), settings, ids)
                     total += float(found) * ids.numel()
                     count += ids.numel()

@@ -59,7 +59,8 @@ def run(model: nn.Module, ids: torch.Tensor, *, blocks: bool = False) -> Outputs
     """Run a transformers model on token ids ``[batch, sequence]``."""
 
     def outputs(with_blocks: bool) -> Any:
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=with_blocks)
+        # No mask: models look into one, which waits for the GPU, and then find that nothing is masked.
+        return model(input_ids=ids, output_hidden_states=with_blocks)
 
     result = outputs(blocks or model in _CLASSIFIERS)
     logits, hidden = getattr(result, "logits", None), getattr(result, "last_hidden_state", None)

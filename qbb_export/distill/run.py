@@ -78,26 +78,40 @@ class Work:
         ]
         self.decoder = writes_text(self.model)
         self.vocabulary = Vocabulary.of(self.loaded.tokenizer, vocabulary_size(self.model))
-        self._digest = self._everything()
+        self._float = self._float_model()
 
     def key(self, stage: str) -> str:
-        """SHA-256 of all that a stage depends on."""
-        return hashlib.sha256(f"{stage}:{self._digest}".encode()).hexdigest()
+        """SHA-256 of all that a stage depends on: what came before it counts, not what comes after.
 
-    def _everything(self) -> str:
-        digest = hashlib.sha256()
-        head = {
-            "recipe": self.recipe.as_dict(),
-            "revision": REVISION,
-            "targets": [[t.name, t.parameter, t.settings.as_dict()] for t in self.targets],
-            "device": torch.device(self.device).type,
-        }
+        A record is thus gone on from where another number of bases, or of steps, makes the first difference.
+        """
+        recipe, text = self.recipe, asdict(self.recipe.text)
+        digest = hashlib.sha256(f"{stage}:{REVISION}:{self._float}".encode())
+        if stage == "text":
+            for name in ("validation", "keep"):  # how it is used
+                del text[name]
+            head: dict[str, Any] = {"text": text}
+        else:
+            head = recipe.as_dict() | {"targets": [[t.name, t.parameter, t.settings.as_dict()] for t in self.targets]}
+            if stage == "sweep":
+                del head["distill"]
+            self._add_given(digest)
         digest.update(json.dumps(head, sort_keys=True).encode())
-        if self.calibration is not None:
-            digest.update(self.calibration.read_bytes())
+        return digest.hexdigest()
+
+    def _float_model(self) -> str:
+        """Digest of the model, the tokens it knows, and the kind of device."""
+        digest = hashlib.sha256(repr((torch.device(self.device).type, self.vocabulary.before)).encode())
+        digest.update(np.ascontiguousarray(self.vocabulary.ordinary).data)
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _add_given(self, digest: Any) -> None:
+        """What was given beside the model, to a digest."""
+        if self.calibration is not None:
+            digest.update(self.calibration.read_bytes())
         if self.weights is not None:
             for target in self.targets:
                 digest.update(np.ascontiguousarray(self.weights(target.parameter)).data)
@@ -107,7 +121,6 @@ class Work:
         for array in given:
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
 
 
 def run_recipe(work: Work) -> dict[str, Quantized]:
@@ -208,6 +221,8 @@ def learning_text(work: Work) -> tuple[list[Tokens], list[Tokens]]:
             work.tell("writing text", done, total, "sequences")
 
         written = texts.write_text(work.model, work.vocabulary, settings, mine, tell)
+        if work.device != "cpu":
+            torch.cuda.empty_cache()  # half of the memory, in pieces that nothing else fits into
         ids = work.ranks.gather_batches(written, batches, texts.batch_size(work.model, settings))
         saved = {"ids": ids.astype(np.int32)}
         if work.ranks.first:

@@ -12,11 +12,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from qbb_export.distill.gradients import Gradients
 from qbb_export.distill.objective import Outputs, distance, run, vocabulary_size
 from qbb_export.distill.ranks import ALONE, Ranks, spread_like, whole
 from qbb_export.distill.settings import DistillSettings
 from qbb_export.distill.student import Student
 from qbb_export.distill.text import Tokens, precision
+
+# Products on GPUs add in the same order on every run only with this, and PyTorch reads it before the first of them.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Elements of the logits held at once; larger batches are split and their gradients added.
 _LOGITS = {"cuda": 1 << 29, "cpu": 1 << 26}
@@ -81,16 +85,15 @@ def rate_at(step: int, settings: DistillSettings) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (step - rise) / max(1, settings.steps - rise)))
 
 
-def micro_batches(
-    batch: Tokens, device: torch.device, vocabulary: int, ranks: Ranks = ALONE
-) -> Iterator[tuple[torch.Tensor, int]]:
-    """This process's rows of a batch, in parts whose logits fit into memory, and how many rows of a part count.
-
-    All processes get as many parts of as many rows (see :meth:`Ranks.rows`).
-    """
+def own_rows(batch: Tokens, device: torch.device, ranks: Ranks = ALONE) -> tuple[torch.Tensor, int]:
+    """This process's rows of a batch, and how many of them count (see :meth:`Ranks.rows`)."""
     rows, real = ranks.rows(len(batch))
-    room = max(1, _LOGITS.get(device.type, 1 << 26) // max(1, vocabulary * batch.shape[1]))
-    ids = torch.from_numpy(batch[rows]).to(device)
+    return torch.from_numpy(batch[rows]).to(device), real
+
+
+def micro_batches(ids: torch.Tensor, real: int, vocabulary: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Rows in parts whose logits fit into memory, and how many rows of each count."""
+    room = max(1, _LOGITS.get(ids.device.type, 1 << 26) // max(1, vocabulary * ids.shape[1]))
     for start in range(0, len(ids), room):
         part = ids[start : start + room]
         yield part, min(len(part), max(0, real - start))
@@ -105,7 +108,7 @@ def validate(
     total, count = 0.0, 0
     with torch.no_grad(), precision(device):
         for batch in text:
-            for ids, real in micro_batches(batch, device, vocabulary_size(teacher), ranks):
+            for ids, real in micro_batches(*own_rows(batch, device, ranks), vocabulary_size(teacher)):
                 found = _loss(run(student, ids), run(teacher, ids), plain, ids, real)
                 total += float(found) * real * ids.shape[1]
             count += batch.size
@@ -159,6 +162,21 @@ def train(
     every = max(1, settings.steps // _VALIDATIONS)
     log: list[LogLine] = []
     best = [p.detach().clone() for p in parameters]
+
+    def compute(ids: torch.Tensor, real: int, size: int, _quantised: int) -> torch.Tensor:
+        loss = torch.zeros((), device=device)
+        for part, counted in micro_batches(ids, real, vocabulary_size(teacher)):
+            with precision(device):
+                with torch.no_grad():
+                    wanted = run(teacher, part, blocks=settings.features > 0)
+                got = run(model, part, blocks=settings.features > 0)
+                share = _loss(got, wanted, settings, part, counted) * (counted / size)
+            mine = share * ranks.size  # gradients are averaged over the processes
+            mine.backward()  # type: ignore[no-untyped-call]
+            loss += share.detach()
+        return loss
+
+    gradients = Gradients(compute, parameters, graphs=device.type == "cuda" and ranks.size == 1)
     first = 0
     saved = None if journal is None else journal.load()
     if saved is not None:
@@ -171,18 +189,8 @@ def train(
         for step in range(first, settings.steps):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * rate_at(step, settings)
-            _swap_blocks(student, step, settings)
             batch = batches[step]
-            loss = torch.zeros((), device=device)
-            for ids, real in micro_batches(batch, device, vocabulary_size(teacher), ranks):
-                with precision(device):
-                    with torch.no_grad():
-                        wanted = run(teacher, ids, blocks=settings.features > 0)
-                    got = run(model, ids, blocks=settings.features > 0)
-                    share = _loss(got, wanted, settings, ids, real) * (real / len(batch))
-                mine = share * ranks.size  # gradients are averaged over the processes
-                mine.backward()  # type: ignore[no-untyped-call]
-                loss += share.detach()
+            loss = gradients(*own_rows(batch, device, ranks), len(batch), _swap_blocks(student, step, settings))
             nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -254,31 +262,38 @@ def _restore(
     return step
 
 
-def _swap_blocks(student: Student, step: int, settings: DistillSettings) -> None:
-    """Let float blocks stand in for quantised ones: all at the start, none after ``swap`` of the steps."""
+def _swap_blocks(student: Student, step: int, settings: DistillSettings) -> int:
+    """Let float blocks stand in for quantised ones: all at the start, none after ``swap`` of the steps.
+
+    Returns:
+        The number of quantised blocks; 0 without a swap.
+    """
     if not settings.swap:
-        return
+        return 0
     blocks = student.blocks()
     share = step / max(1.0, settings.swap * settings.steps)
     quantised = len(blocks) if share >= 1 else int(share * len(blocks)) + 1
     for number, members in enumerate(blocks):
         for bases in members:
             bases.bypass = number >= quantised
+    return quantised
 
 
 class _deterministic:
     """Kernels that add in the same order on every run; a resumed run then gives the same bytes."""
 
     def __enter__(self) -> None:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         settings: Any = torch.utils.deterministic
         cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-        self._before = torch.are_deterministic_algorithms_enabled(), cudnn, settings.fill_uninitialized_memory
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        self._before = algorithms, cudnn, settings.fill_uninitialized_memory
+        # Not "warn only": with it, attention would still add in any order.
+        torch.use_deterministic_algorithms(True)
         torch.backends.cuda.enable_cudnn_sdp(False)  # has no deterministic backward pass
         settings.fill_uninitialized_memory = False  # a debugging aid that doubles the number of kernels
 
     def __exit__(self, *_: object) -> None:
-        torch.use_deterministic_algorithms(self._before[0])
-        torch.backends.cuda.enable_cudnn_sdp(self._before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = self._before[2]  # type: ignore[attr-defined]
+        (enabled, warn_only), cudnn, fill = self._before
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

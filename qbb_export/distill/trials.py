@@ -17,7 +17,7 @@ from qbb_export.distill.student import BinaryBases, Target, to_codes
 from qbb_export.distill.sweeps import sweep_layers
 from qbb_export.distill.text import Vocabulary, precision, write_text
 from qbb_export.distill.timing import seconds_at
-from qbb_export.distill.train import micro_batches
+from qbb_export.distill.train import micro_batches, own_rows
 from qbb_export.module import to_device
 from qbb_export.quantize import quantize
 
@@ -49,7 +49,7 @@ def model_facts(model: nn.Module, recipe: ModelRecipe, device: str) -> ModelFact
     length = texts.context_length(model, recipe.text.length if decoder else _LONGEST_INPUT)
     rows = max([recipe.text.validation, *(d.batch for d in recipe.distill)])
     batch = np.zeros((rows if decoder else max(1, rows * recipe.text.length // length), length), dtype=np.int64)
-    micro_batch, _ = next(micro_batches(batch, there.place.device, vocabulary_size(model)))
+    micro_batch, _ = next(micro_batches(*own_rows(batch, there.place.device), vocabulary_size(model)))
     return ModelFacts(
         elements=sum(p.numel() for p in parameters),
         own_bytes=sum(p.numel() * p.element_size() for p in parameters),

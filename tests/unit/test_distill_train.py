@@ -17,7 +17,7 @@ from qbb_export.distill import train as training  # noqa: E402
 from qbb_export.distill.ranks import ALONE, Ranks  # noqa: E402
 from qbb_export.distill.settings import DistillSettings  # noqa: E402
 from qbb_export.distill.student import Student, Target  # noqa: E402
-from qbb_export.distill.train import Batches, LogLine, micro_batches, rate_at, train, validate  # noqa: E402
+from qbb_export.distill.train import Batches, LogLine, micro_batches, own_rows, rate_at, train, validate  # noqa: E402
 from qbb_export.errors import QbbError  # noqa: E402
 from qbb_export.load import load_torch  # noqa: E402
 from qbb_export.quantize import QuantizeSettings, quantize  # noqa: E402
@@ -95,12 +95,12 @@ def test_batches_of_several_lengths_stay_as_they_are() -> None:
 def test_large_logits_come_in_parts(monkeypatch: pytest.MonkeyPatch, teacher: nn.Module) -> None:
     settings = DistillSettings(steps=1, batch=8, codes=False)
     device = torch.device("cpu")
-    whole = [ids for ids, _ in micro_batches(TEXT[:8], device, 97)]
+    whole = [ids for ids, _ in micro_batches(*own_rows(TEXT[:8], device), 97)]
     assert [len(ids) for ids in whole] == [8]
     wanted = validate(teacher, student_of(teacher, False).model, VALIDATION, settings)
     (line,) = train(teacher, student_of(teacher, False), [TEXT], VALIDATION, settings)[1:]
     monkeypatch.setitem(training._LOGITS, "cpu", 3 * 97 * 10)
-    parts = list(micro_batches(TEXT[:8], device, 97))
+    parts = list(micro_batches(*own_rows(TEXT[:8], device), 97))
     assert [(len(ids), real) for ids, real in parts] == [(3, 3), (3, 3), (2, 2)]
     assert torch.equal(torch.cat([ids for ids, _ in parts]), whole[0])
     in_parts = validate(teacher, student_of(teacher, False).model, VALIDATION, settings)
@@ -109,7 +109,7 @@ def test_large_logits_come_in_parts(monkeypatch: pytest.MonkeyPatch, teacher: nn
     assert abs(in_parts - wanted) < 1e-5 * wanted and abs(other.loss - line.loss) < 1e-5 * line.loss
     assert abs(other.validation - line.validation) < 1e-5 * line.validation
     monkeypatch.setitem(training._LOGITS, "cpu", 1)
-    assert len(list(micro_batches(TEXT[:8], device, 97))) == 8
+    assert len(list(micro_batches(*own_rows(TEXT[:8], device), 97))) == 8
 
 
 @pytest.mark.parametrize(("count", "size"), [(8, 2), (5, 2), (7, 4), (1, 3), (9, 3)])
@@ -119,7 +119,7 @@ def test_processes_share_the_rows_of_a_batch(count: int, size: int) -> None:
     assert [int(row) for rows, real in shares for row in rows[:real]] == list(range(count))
     assert all(rows.min() >= 0 and rows.max() < count for rows, _ in shares)
     if count == 5:
-        parts = list(micro_batches(TEXT[:5], torch.device("cpu"), 97, Ranks(1, 2)))
+        parts = list(micro_batches(*own_rows(TEXT[:5], torch.device("cpu"), Ranks(1, 2)), 97))
         assert [(len(ids), real) for ids, real in parts] == [(3, 2)]
         assert np.array_equal(parts[0][0][:2].numpy(), TEXT[3:5])
 
