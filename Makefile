@@ -7,6 +7,10 @@ PYTHON ?= python3
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
+# CUDA kernels are built where nvcc is; for one kind of GPU here, for all kinds in a wheel. A list is separated by "\;".
+CUDA_ARCHITECTURES ?= 90a
+export SKBUILD_CMAKE_DEFINE ?= QBB_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)
+
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed

@@ -45,12 +45,14 @@ class LibraryInfo:
         format_version: version of the format that it reads.
         layouts: layouts that it reads.
         isas: instruction sets that it was compiled for, best first, and whether this CPU has them.
+        cuda: it has kernels for NVIDIA GPUs.
     """
 
     path: Path
     format_version: int
     layouts: tuple[int, ...]
     isas: dict[str, bool]
+    cuda: bool
 
 
 def library_path() -> Path:
@@ -92,6 +94,7 @@ def library_info(path: Path | None = None) -> LibraryInfo:
         library.qbb_get_format(ctypes.byref(info))
         names = [library.qbb_isa_name(i).decode() for i in range(library.qbb_isa_count())]
         isas = {name: bool(library.qbb_isa_available(i)) for i, name in enumerate(names)}
+        cuda = bool(library.qbb_cuda_compiled())
     except (OSError, AttributeError) as error:
         raise QbbError("cannot open the kernel library", where=path, expected="libqbb_ops", got=error) from error
     theirs = {name: int(getattr(info, name)) for name, *_ in _FormatInfo._fields_}
@@ -105,4 +108,4 @@ def library_info(path: Path | None = None) -> LibraryInfo:
     }
     if theirs != ours:
         raise QbbError("library of another format; build both from one source", where=path, expected=ours, got=theirs)
-    return LibraryInfo(path, info.format_version, tuple(range(info.num_layouts)), isas)
+    return LibraryInfo(path, info.format_version, tuple(range(info.num_layouts)), isas, cuda)

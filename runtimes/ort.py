@@ -12,7 +12,10 @@ from qbb_export.format import MODES, mode_number
 from qbb_export.passes.function_body import binary_basis_nodes
 from qbb_export.runtimes import gate
 
-_PROVIDERS = {"cpu": ["CPUExecutionProvider"]}
+_PROVIDERS = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],  # the second for shapes and the like
+}
 
 
 def session(
@@ -28,7 +31,7 @@ def session(
 
     Args:
         path: an .onnx file, exported by us or any other.
-        device: ``"cpu"``.
+        device: ``"cpu"``, or ``"cuda"`` for the first NVIDIA GPU (package onnxruntime-gpu).
         library: False leaves our library out, so that ``BinaryBasisMatMul`` runs through the function body in the file.
         mode: ``"exact"``, ``"int8"`` or ``"int16"`` for all nodes, whatever mode they name; None leaves it to them.
         options: session options to extend; the library is registered on them.
@@ -38,19 +41,28 @@ def session(
         A ready session.
 
     Raises:
-        QbbError: unknown device or mode, the file breaks a rule of the gate, the library is missing, or ONNX Runtime
-            refuses the model.
+        QbbError: unknown device or mode, the file breaks a rule of the gate, the library is missing or has no kernels
+            for the device, or ONNX Runtime has no such device or refuses the model.
     """
     if device not in _PROVIDERS:
         raise QbbError("unknown device", where="device", expected=" or ".join(sorted(_PROVIDERS)), got=device)
+    wanted = _PROVIDERS[device][0]
+    if wanted not in onnxruntime.get_available_providers():
+        raise QbbError(f"this ONNX Runtime has no {wanted}", where="device", expected="onnxruntime-gpu", got=device)
     path = Path(path)
     model = gate.check(path, data=check_data)
     options = options or onnxruntime.SessionOptions()
     if mode is not None:
         options.add_session_config_entry("qbb.mode", MODES[mode_number(mode)])  # read when the library is registered
     if library and binary_basis_nodes(model):
-        options.register_custom_ops_library(str(library_info().path))
+        info = library_info()
+        if device == "cuda" and not info.cuda:
+            raise QbbError("no CUDA kernels in the library", where=info.path, expected="a build where nvcc is")
+        options.register_custom_ops_library(str(info.path))
     try:
-        return onnxruntime.InferenceSession(path, options, providers=_PROVIDERS[device])
+        opened = onnxruntime.InferenceSession(path, options, providers=_PROVIDERS[device])
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise QbbError("ONNX Runtime refuses the model", where=path, got=str(error)) from error
+    if wanted not in opened.get_providers():  # it goes on without a provider that does not start
+        raise QbbError("ONNX Runtime cannot use the GPU", where=path, expected=wanted, got=opened.get_providers())
+    return opened

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "core/error.h"
+#include "core/guard.h"
 #include "core/matrix.h"
 #include "core/partition.h"
 #include "cpu/dispatch.h"
@@ -25,37 +26,9 @@ struct qbb_kernel {
 namespace {
 
 using qbb::core::Error;
+using qbb::core::guard;
+using qbb::core::need;
 using qbb::cpu::Path;
-
-void write(char* error, size_t size, const char* text) {
-  if (error == nullptr || size == 0) return;
-  const size_t length = std::strlen(text) < size ? std::strlen(text) : size - 1;
-  std::memcpy(error, text, length);
-  error[length] = '\0';
-}
-
-// Runs `body` and turns what it throws into a status: no exception may cross a C interface.
-template <class Body>
-qbb_status guard(char* error, size_t size, Body body) {
-  write(error, size, "");
-  try {
-    body();
-    return QBB_OK;
-  } catch (const Error& e) {
-    write(error, size, e.what());
-    return e.status();
-  } catch (const std::bad_alloc&) {
-    write(error, size, "out of memory; expected room for the repacked weights; got none");
-    return QBB_NO_MEMORY;
-  } catch (const std::exception& e) {
-    write(error, size, e.what());
-    return QBB_INVALID;
-  }
-}
-
-void need(const void* pointer, const char* name) {
-  if (pointer == nullptr) throw Error(std::string("missing argument ") + name, "a pointer", "NULL");
-}
 
 // A matrix times some rows of X, cut into tasks.
 struct Run {
@@ -168,9 +141,7 @@ qbb_status qbb_kernel_create(const qbb_matrix* matrix, int32_t mode, const char*
     need(kernel, "kernel");
     *kernel = nullptr;
     need(matrix, "matrix");
-    if (mode < 0 || mode >= QBB_NUM_MODES) {
-      throw Error("unknown mode", "0 (exact), 1 (int8) or 2 (int16)", std::to_string(mode));
-    }
+    qbb::core::check_mode(mode);
     *kernel = new qbb_kernel(*matrix, mode, qbb::cpu::select_kernel(isa));
   });
 }
@@ -183,12 +154,7 @@ qbb_status qbb_kernel_run(const qbb_kernel* kernel, int32_t x_dtype, int64_t M, 
       throw Error("wrong type of X", "float32 (1) or float16 (10)", std::to_string(x_dtype));
     }
     const qbb::core::Tiled& w = kernel->matrix.tiled();
-    if (M < 0) throw Error("bad number of rows of X", "M >= 0", std::to_string(M));
-    int64_t size = 0;
-    if (qbb::core::mul_overflows(M, 4, &size) ||
-        qbb::core::mul_overflows(size, w.K > w.N ? w.K : w.N, &size)) {
-      throw Error("too many rows of X", "less than 2^63 bytes of X and Y", std::to_string(M));
-    }
+    qbb::core::check_rows(M, w.K, w.N);
     if (M == 0) return;
     need(x, "x");
     need(y, "y");

@@ -31,7 +31,7 @@ struct TensorInfo;
 
 // Enumerations, by value.
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kNotImplemented = 9 };
-enum ElementType : int { kUndefined = 0, kFloat = 1, kInt64 = 7, kFloat16 = 10, kUint32 = 12 };
+enum ElementType : int { kUndefined = 0, kFloat = 1, kInt64 = 7, kFloat16 = 10, kUint32 = 12, kBFloat16 = 16 };
 enum Characteristic : int { kRequired = 0 };
 enum MemType : int { kDefault = 0 };
 enum AttrType : int { kAttrInt = 1 };
@@ -77,6 +77,7 @@ inline constexpr Call<90, const KernelContext*, size_t, const Value**> KernelCon
 inline constexpr Call<91, KernelContext*, size_t, const int64_t*, size_t, Value**> KernelContext_GetOutput;
 inline constexpr Fn<93, void, Status*> ReleaseStatus;
 inline constexpr Fn<99, void, TensorInfo*> ReleaseTensorTypeAndShapeInfo;
+inline constexpr Call<193, const KernelContext*, void**> KernelContext_GetGPUComputeStream;
 inline constexpr Call<230, const KernelInfo*, size_t*> KernelInfo_GetInputCount;
 inline constexpr Call<237, const SessionOptions*, const char*, int*> HasSessionConfigEntry;
 inline constexpr Call<238, const SessionOptions*, const char*, char*, size_t*> GetSessionConfigEntry;

@@ -1,8 +1,8 @@
 // ONNX Runtime on one side, include/qbb/ops.h on the other. No arithmetic here.
 //
 // ONNX Runtime matches a node to a custom op by the types of its inputs, and older versions cannot leave a type open.
-// So four ops of one name are registered: X float32 or float16, times S float32 or float16. A session that overrides the
-// mode of its nodes gets four of its own.
+// So several ops of one name are registered: X float32 or float16 (on CUDA, bfloat16, too), times S float32 or float16,
+// times execution provider. A session that overrides the mode of its nodes gets ops of its own.
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -11,21 +11,19 @@
 #include <vector>
 
 #include "ort/abi.h"
+#include "ort/node.h"
 #include "ort/support.h"
 #include "qbb/ops.h"
 
 namespace qbb::ort {
 namespace {
 
-constexpr size_t kX = 0, kB = 1, kS = 2, kZ = 3, kC = 4, kInputs = 5;
-const char* const kInputNames[kInputs] = {"X", "B (planes)", "S (scales)", "Z (offset)", "C (bias)"};
-
-constexpr int64_t kModeOfNode = -1;
 const char* const kModeEntry = "qbb.mode";
 const char* const kModes[QBB_NUM_MODES] = {"exact", "int8", "int16"};
 
 struct Op : CustomOp {
   const Api* api;
+  bool cuda;  // for the CUDA execution provider, which hands out device memory
   ElementType x, s;
   int64_t mode;  // of all nodes of the session, or kModeOfNode
 };
@@ -35,60 +33,14 @@ struct Kernel {
   std::string where;  // the node, for messages
   ElementType x;
   int64_t K, N;
-  qbb_kernel* kernel = nullptr;
+  qbb_kernel* kernel = nullptr;     // one of the two
+  qbb_cuda_kernel* cuda = nullptr;
 
-  ~Kernel() { qbb_kernel_destroy(kernel); }
+  ~Kernel() {
+    qbb_kernel_destroy(kernel);
+    qbb_cuda_kernel_destroy(cuda);
+  }
 };
-
-std::string node_name(const Api* api, const KernelInfo* info) {
-  std::string where = std::string("node ") + QBB_DOMAIN + "::" + QBB_OP_TYPE;
-  size_t size = 0;
-  Status* status = KernelInfo_GetNodeName(api, info, nullptr, &size);  // asks for the size, the final zero included
-  std::string name(size, '\0');
-  if (status == nullptr && size > 0) status = KernelInfo_GetNodeName(api, info, &name[0], &size);
-  if (status != nullptr) {  // a nameless node is no reason to fail
-    ReleaseStatus(api, status);
-    return where;
-  }
-  name.resize(size > 0 ? size - 1 : 0);
-  return where + " '" + name + "'";
-}
-
-int64_t attribute(const Api* api, const KernelInfo* info, const char* name) {
-  int64_t value = 0;
-  Status* status = KernelInfoGetAttribute_int64(api, info, name, &value);
-  if (status != nullptr) {
-    ReleaseStatus(api, status);
-    throw Failure(kInvalidArgument, std::string("missing attribute ") + name + "; expected an integer; got none");
-  }
-  return value;
-}
-
-// The mode of a node: the session's, else its own, else exact.
-int64_t mode_of(const Op& op, const KernelInfo* info) {
-  if (op.mode != kModeOfNode) return op.mode;
-  int64_t value = QBB_MODE_EXACT;
-  Status* status = KernelInfoGetAttribute_int64(op.api, info, "mode", &value);
-  if (status == nullptr) return value;
-  ReleaseStatus(op.api, status);
-  return QBB_MODE_EXACT;
-}
-
-// A constant input as the core wants it. `dims` owns what the tensor points at.
-qbb_tensor constant(const Api* api, const KernelInfo* info, size_t index, std::vector<int64_t>* dims) {
-  int is_constant = 0;
-  const Value* value = nullptr;
-  check(api, KernelInfoGetConstantInput_tensor(api, info, index, &is_constant, &value));  // borrowed
-  if (is_constant == 0 || value == nullptr) {
-    throw Failure(kInvalidArgument, std::string("input ") + kInputNames[index] +
-                                        " is not constant; expected an initializer; got a computed or a graph input");
-  }
-  Shape shape(api, value);
-  *dims = std::move(shape.dims);
-  void* data = nullptr;
-  check(api, GetTensorMutableData(api, const_cast<Value*>(value), &data));  // there is no other getter; only read
-  return qbb_tensor{data, dims->data(), static_cast<int32_t>(dims->size()), static_cast<int32_t>(shape.type)};
-}
 
 Status* QBB_ORT_CALL create(const CustomOp* op, const Api* api, const KernelInfo* info, void** out) {
   std::string where = "qbb";
@@ -97,30 +49,16 @@ Status* QBB_ORT_CALL create(const CustomOp* op, const Api* api, const KernelInfo
   } catch (const std::bad_alloc&) {
   }
   return guard(api, where, [&] {
-    size_t count = 0;
-    check(api, KernelInfo_GetInputCount(api, info, &count));
-    if (count != kInputs) {
-      throw Failure(kInvalidArgument, "wrong number of inputs; expected 5; got " + std::to_string(count));
-    }
-    const auto get = [&](const char* name) { return attribute(api, info, name); };
     std::vector<int64_t> dims[kInputs];
-    const int64_t format = get("format");  // first: a newer format may have other attributes
-    const qbb_matrix matrix{get("K"),
-                            get("N"),
-                            get("bases"),
-                            get("group_size"),
-                            get("layout"),
-                            format,
-                            constant(api, info, kB, &dims[kB]),
-                            constant(api, info, kS, &dims[kS]),
-                            constant(api, info, kZ, &dims[kZ]),
-                            constant(api, info, kC, &dims[kC])};
+    const qbb_matrix matrix = matrix_of(api, info, dims);
     const Op& ours = *static_cast<const Op*>(op);
     std::unique_ptr<Kernel> kernel(new Kernel{api, where, ours.x, matrix.K, matrix.N});
-    const int64_t mode = mode_of(ours, info);
-    const int32_t narrow = mode < 0 || mode >= QBB_NUM_MODES ? QBB_NUM_MODES : static_cast<int32_t>(mode);
+    const int32_t mode = mode_of(api, info, ours.mode);
     char error[512];
-    check(qbb_kernel_create(&matrix, narrow, nullptr, &kernel->kernel, error, sizeof error), error);
+    const qbb_status status =
+        ours.cuda ? qbb_cuda_kernel_create(&matrix, mode, nullptr, &kernel->cuda, error, sizeof error)
+                  : qbb_kernel_create(&matrix, mode, nullptr, &kernel->kernel, error, sizeof error);
+    check(status, error);
     *out = kernel.release();
   });
 }
@@ -174,8 +112,14 @@ Status* QBB_ORT_CALL compute(void* kernel_, KernelContext* context) {
     void* to = nullptr;
     check(api, GetTensorMutableData(api, const_cast<Value*>(x), &from));
     check(api, GetTensorMutableData(api, y, &to));
-    Pool pool{api, context};
     char error[512];
+    if (k.cuda != nullptr) {
+      void* stream = nullptr;
+      check(api, KernelContext_GetGPUComputeStream(api, context, &stream));
+      check(qbb_cuda_kernel_run(k.cuda, k.x, M, from, to, stream, error, sizeof error), error);
+      return;
+    }
+    Pool pool{api, context};
     const qbb_status status = qbb_kernel_run(k.kernel, k.x, M, from, to, parallel_for, &pool, error, sizeof error);
     check(api, pool.status);
     check(status, error);
@@ -204,7 +148,7 @@ Status* QBB_ORT_CALL infer_shape(const CustomOp* op, ShapeContext* context) {
     check(api, CreateTensorTypeAndShapeInfo(api, &output));
     const auto release = [api](TensorInfo* p) { ReleaseTensorTypeAndShapeInfo(api, p); };
     const std::unique_ptr<TensorInfo, decltype(release)> owner(output, release);
-    // Not the op's own type: the runtime asks one of the four ops on behalf of all.
+    // Not the op's own type: the runtime asks one of the ops on behalf of all.
     check(api, SetTensorElementType(api, output, shape.type));
     check(api, SetDimensions(api, output, shape.dims.data(), rank));
     check(api, SetSymbolicDimensions(api, output, names.data(), rank));
@@ -212,11 +156,13 @@ Status* QBB_ORT_CALL infer_shape(const CustomOp* op, ShapeContext* context) {
   });
 }
 
-Op make_op(const Api* api, ElementType x, ElementType s, int64_t mode) {
+Op make_op(const Api* api, bool cuda, ElementType x, ElementType s, int64_t mode) {
   Op op{};
   op.version = kApiVersion;
   op.GetName = [](const CustomOp*) -> const char* { return QBB_OP_TYPE; };
-  op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };  // CPU
+  op.GetExecutionProviderType = [](const CustomOp* o) -> const char* {
+    return static_cast<const Op*>(o)->cuda ? "CUDAExecutionProvider" : nullptr;  // NULL: CPU
+  };
   op.GetInputType = [](const CustomOp* o, size_t i) -> ElementType {
     switch (i) {
       case kX: return static_cast<const Op*>(o)->x;
@@ -238,6 +184,7 @@ Op make_op(const Api* api, ElementType x, ElementType s, int64_t mode) {
   op.GetStartVersion = [](const CustomOp*) -> int { return QBB_OPSET_VERSION; };
   op.GetEndVersion = [](const CustomOp*) -> int { return QBB_OPSET_VERSION; };
   op.api = api;
+  op.cuda = cuda;
   op.x = x;
   op.s = s;
   op.mode = mode;
@@ -250,7 +197,7 @@ struct Registration {
   const Api* api;
   int64_t mode;
   CustomOpDomain* domain = nullptr;
-  Op ops[4];
+  std::vector<Op> ops{};
 };
 
 CustomOpDomain* domain_for(const Api* api, int64_t mode) {
@@ -260,12 +207,12 @@ CustomOpDomain* domain_for(const Api* api, int64_t mode) {
   for (const Registration* r : *all) {
     if (r->api == api && r->mode == mode) return r->domain;
   }
-  std::unique_ptr<Registration> r(
-      new Registration{api,
-                       mode,
-                       nullptr,
-                       {make_op(api, kFloat, kFloat16, mode), make_op(api, kFloat, kFloat, mode),
-                        make_op(api, kFloat16, kFloat16, mode), make_op(api, kFloat16, kFloat, mode)}});
+  std::unique_ptr<Registration> r(new Registration{api, mode});
+  for (const ElementType s : {kFloat16, kFloat}) {
+    for (const ElementType x : {kFloat, kFloat16}) r->ops.push_back(make_op(api, false, x, s, mode));
+    if (qbb_cuda_compiled() == 0) continue;
+    for (const ElementType x : {kFloat, kFloat16, kBFloat16}) r->ops.push_back(make_op(api, true, x, s, mode));
+  }
   all->reserve(all->size() + 1);
   check(api, CreateCustomOpDomain(api, QBB_DOMAIN, &r->domain));
   for (const Op& op : r->ops) check(api, CustomOpDomain_Add(api, r->domain, &op));

@@ -31,12 +31,13 @@ extern "C" {
 typedef enum qbb_status {
   QBB_OK = 0,
   QBB_INVALID = 1,     /* the caller handed us something that the format does not allow */
-  QBB_UNSUPPORTED = 2, /* valid, but not with this library on this CPU */
-  QBB_NO_MEMORY = 3
+  QBB_UNSUPPORTED = 2, /* valid, but not with this library on this CPU or GPU */
+  QBB_NO_MEMORY = 3,
+  QBB_DEVICE = 4       /* the GPU, or its driver, refuses */
 } qbb_status;
 
 /* Element types, numbered as in ONNX. */
-typedef enum qbb_dtype { QBB_FLOAT32 = 1, QBB_FLOAT16 = 10, QBB_UINT32 = 12 } qbb_dtype;
+typedef enum qbb_dtype { QBB_FLOAT32 = 1, QBB_FLOAT16 = 10, QBB_UINT32 = 12, QBB_BFLOAT16 = 16 } qbb_dtype;
 
 /* A dense, C-ordered tensor in the caller's memory. */
 typedef struct qbb_tensor {
@@ -96,6 +97,30 @@ QBB_EXPORT const char* qbb_kernel_isa(const qbb_kernel* kernel);
 QBB_EXPORT int32_t qbb_isa_count(void);
 QBB_EXPORT const char* qbb_isa_name(int32_t index);     /* NULL past the end */
 QBB_EXPORT int32_t qbb_isa_available(int32_t index);    /* 1 where this CPU has it */
+
+/* The same on NVIDIA GPUs, for matrices, x and y in device memory. */
+typedef struct qbb_cuda_kernel qbb_cuda_kernel;
+
+/* 1 if this library has kernels for CUDA. Without them, qbb_cuda_kernel_create says QBB_UNSUPPORTED. */
+QBB_EXPORT int32_t qbb_cuda_compiled(void);
+
+/* Validates and makes a kernel on the device that holds the planes.
+ *
+ * Layout 1 is used in place and must outlive the kernel; layout 0 is repacked into memory of the kernel. Waits for the
+ * device. Modes exact and int16 round activations to 16 bits of each 128 inputs, or multiply in float16 (docs/format.md).
+ * arch: use kernels as on a GPU of this compute capability ("75", "80", ...), or NULL for the environment variable
+ * QBB_CUDA_ARCH, or the device's own. */
+QBB_EXPORT qbb_status qbb_cuda_kernel_create(const qbb_matrix* matrix, int32_t mode, const char* arch,
+                                             qbb_cuda_kernel** kernel, char* error, size_t error_size);
+
+/* y [M, N] = op(x [M, K]) on a cudaStream_t; both have type x_dtype (float32, float16 or bfloat16) and are dense.
+ *
+ * Allocates nothing and waits for nothing, so it may be captured into a graph. The bytes of y are the same on every run.
+ * Errors of the kernels themselves show up at the stream's next synchronisation. */
+QBB_EXPORT qbb_status qbb_cuda_kernel_run(const qbb_cuda_kernel* kernel, int32_t x_dtype, int64_t M, const void* x,
+                                          void* y, void* stream, char* error, size_t error_size);
+
+QBB_EXPORT void qbb_cuda_kernel_destroy(qbb_cuda_kernel* kernel); /* NULL is fine */
 
 /* The constants of format.h that this library was compiled with. */
 typedef struct qbb_format_info {

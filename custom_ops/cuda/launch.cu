@@ -1,0 +1,133 @@
+#include "cuda/launch.h"
+
+#include <algorithm>
+
+#include "cuda/batch.cuh"
+#include "cuda/decode.cuh"
+#include "cuda/general.cuh"
+
+namespace qbb::cuda {
+namespace {
+
+using Kernel = void (*)(Weights, Rows);
+
+template <int kBases>
+Kernel decode_kernel(int bits, int step) {
+  if (bits == 8) return step == 1 ? decode<kBases, 8, 1> : step == 2 ? decode<kBases, 8, 2> : decode<kBases, 8, 4>;
+  return step == 1 ? decode<kBases, 16, 1> : step == 2 ? decode<kBases, 16, 2> : decode<kBases, 16, 4>;
+}
+
+template <int kBases, bool kBrain>
+Kernel batch_kernel(int columns) {
+  return columns == 1 ? batch<kBases, 1, kBrain> : columns == 2 ? batch<kBases, 2, kBrain> : batch<kBases, 4, kBrain>;
+}
+
+Kernel decode_kernel(int bases, int bits, int step) {
+  switch (bases) {
+    case 1: return decode_kernel<1>(bits, step);
+    case 2: return decode_kernel<2>(bits, step);
+    case 3: return decode_kernel<3>(bits, step);
+    default: return decode_kernel<4>(bits, step);
+  }
+}
+
+Kernel batch_kernel(int bases, bool brain, int columns) {
+  switch (bases) {
+    case 1: return brain ? batch_kernel<1, true>(columns) : batch_kernel<1, false>(columns);
+    case 2: return brain ? batch_kernel<2, true>(columns) : batch_kernel<2, false>(columns);
+    case 3: return brain ? batch_kernel<3, true>(columns) : batch_kernel<3, false>(columns);
+    default: return brain ? batch_kernel<4, true>(columns) : batch_kernel<4, false>(columns);
+  }
+}
+
+cudaError_t start(Kernel kernel, dim3 grid, int threads, size_t memory, const Weights& w, const Rows& rows,
+                  const Device& device, cudaStream_t stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = memory;
+  config.stream = stream;
+  // The kernel asks for its weights while the one before it ends (wait_for_previous_kernel).
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = device.arch >= 90 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, w, rows);
+}
+
+// Where rows `first` and on of X and Y begin.
+Rows from_row(const Rows& rows, const Weights& w, int64_t first, int64_t count) {
+  const int64_t size = rows.type == kFloat32 ? 4 : 2;
+  return Rows{static_cast<const char*>(rows.x) + first * w.K * size, static_cast<char*>(rows.y) + first * w.N * size,
+              rows.type, static_cast<int>(count)};
+}
+
+Rule rule_for(const Weights& w, Type type, int64_t M, bool integer, const Device& device) {
+  const auto find = [&](const auto& rules) {
+    for (const Rule& rule : rules) {
+      if (rule.arch <= device.arch && rule.integer == integer && M <= rule.rows) return rule;
+    }
+    return Rule{0, integer, kAnyRows, Path::kGeneral, 1};
+  };
+  if (!regular(w, device)) return Rule{0, integer, kAnyRows, Path::kGeneral, 1};
+  return type == kFloat32 ? find(kFloatRules) : find(kHalfRules);
+}
+
+}  // namespace
+
+bool regular(const Weights& w, const Device& device) {
+  return w.half_scales && w.bases <= 4 && (w.group_words % kChunkWords == 0 || w.group_words == w.words) &&
+         static_cast<int64_t>(decode_memory(w.words, 16, 4)) <= device.shared_memory;
+}
+
+cudaError_t reserve(const Weights& w, const Device& device) {
+  if (!regular(w, device)) return cudaSuccess;
+  const auto allow = [](Kernel kernel, size_t bytes) {
+    return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(bytes));
+  };
+  for (const int step : {1, 2, 4}) {
+    for (const int bits : {8, 16}) {
+      const cudaError_t status = allow(decode_kernel(w.bases, bits, step), static_cast<size_t>(device.shared_memory));
+      if (status != cudaSuccess) return status;
+    }
+    for (const bool brain : {false, true}) {
+      const cudaError_t status = allow(batch_kernel(w.bases, brain, step), kBatchMemory);
+      if (status != cudaSuccess) return status;
+    }
+  }
+  return cudaSuccess;
+}
+
+cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, const Device& device,
+                   cudaStream_t stream) {
+  const Rule rule = rule_for(w, rows.type, M, integer, device);
+  const int tiles = w.tiles;
+  constexpr int64_t kGridRows = 32768;  // of blocks, at most
+  int64_t step = rule.step;
+  if (rule.path == Path::kBatch) step = kGridRows * kColumn;
+  if (rule.path == Path::kGeneral) step = kGridRows;
+  for (int64_t row = 0; row < M; row += step) {
+    const int64_t count = std::min(M - row, step);
+    const Rows part = from_row(rows, w, row, count);
+    cudaError_t status = cudaSuccess;
+    if (rule.path == Path::kDecode) {
+      const int bits = integer ? 8 : 16;
+      status = start(decode_kernel(w.bases, bits, rule.step), dim3(std::min(tiles, device.multiprocessors)),
+                     kDecodeWarps * 32, decode_memory(w.words, bits, rule.step), w, part, device, stream);
+    } else if (rule.path == Path::kBatch) {
+      const int columns = count <= kColumn ? 1 : count <= 2 * kColumn ? 2 : 4;
+      const int64_t blocks = (count + columns * kColumn - 1) / (columns * kColumn);
+      status = start(batch_kernel(w.bases, rows.type == kBFloat16, columns),
+                     dim3(std::min(tiles, 2 * device.multiprocessors), static_cast<unsigned>(blocks)), kBatchWarps * 32,
+                     kBatchMemory, w, part, device, stream);
+    } else {
+      status = start(general, dim3(tiles, static_cast<unsigned>(count)), kGeneralWarps * 32, 0, w, part, device, stream);
+    }
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace qbb::cuda

@@ -1,0 +1,87 @@
+// Weights as float16, made in registers from packed bits: the A operand of a matrix product.
+//
+// The bits of all bases at one place form a code; a group of a row has as many levels as there are codes. Lane (g, t) of
+// a warp owns rows 2g and 2g + 1 and word t of each chunk of four words, and wants its 32 weights in pairs. `prmt` looks
+// four bytes up at a time: low and high bytes of the levels lie in registers of their own, codes in the nibbles of the
+// selector.
+//
+// Step s = 2i + h of eight gives the inputs i + 8h, i + 8h + 16 (first pair) and i + 8h + 4, i + 8h + 20 (second pair) of
+// the word, i < 4, h < 2. Activations are put into the same order (`batch.cuh`).
+#pragma once
+
+#include "cuda/device.cuh"
+
+namespace qbb::cuda {
+
+// Levels of up to three bases of one row, by code, as float16 in units of Weights::unit.
+struct Levels {
+  uint32_t low[2], high[2];  // bytes of levels 0..3 and 4..7
+};
+
+__device__ __forceinline__ uint32_t pack(float a, float b) {
+  const __half2 h = __floats2half2_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&h);
+}
+
+__device__ __forceinline__ void set_bytes(Levels& to, int i, uint32_t l01, uint32_t l23) {
+  to.low[i] = __byte_perm(l01, l23, 0x6420);
+  to.high[i] = __byte_perm(l01, l23, 0x7531);
+}
+
+// `s`: scales divided by the unit; `z`: the offset, divided, too.
+template <int kBases>
+__device__ __forceinline__ Levels make_levels(const float (&s)[kBases], float z) {
+  Levels levels;
+  if constexpr (kBases == 1) {
+    set_bytes(levels, 0, pack(z - s[0], z + s[0]), 0);
+  } else if constexpr (kBases == 2) {
+    const float sum = s[0] + s[1], difference = s[0] - s[1];
+    set_bytes(levels, 0, pack(z - sum, z + difference), pack(z - difference, z + sum));
+  } else {
+    static_assert(kBases == 3, "a byte look-up has eight entries");
+    const float sum = s[0] + s[1], difference = s[0] - s[1];
+    const float l4 = s[2] - sum, l5 = s[2] + difference, l6 = s[2] - difference, l7 = s[2] + sum;
+    set_bytes(levels, 0, pack(z - l7, z - l6), pack(z - l5, z - l4));
+    set_bytes(levels, 1, pack(z + l4, z + l5), pack(z + l6, z + l7));
+  }
+  return levels;
+}
+
+// Codes of the bits i, i + 4, …, i + 28 of a word, one in each nibble.
+template <int kBases>
+__device__ __forceinline__ uint32_t codes(const uint32_t (&words)[kBases], int i) {
+  uint32_t code = (words[0] >> i) & 0x11111111u;
+  if constexpr (kBases > 1) code |= (i >= 1 ? words[1] >> (i - 1) : words[1] << 1) & 0x22222222u;
+  if constexpr (kBases > 2) code |= (i >= 2 ? words[2] >> (i - 2) : words[2] << (2 - i)) & 0x44444444u;
+  return code;
+}
+
+// The weights of step 2i + h as two pairs.
+template <int kBases>
+__device__ __forceinline__ void look_up(uint32_t& first, uint32_t& second, const Levels& levels, uint32_t code, int h) {
+  const uint32_t selector = h == 0 ? code : code >> 16;
+  const uint32_t low = __byte_perm(levels.low[0], kBases > 2 ? levels.low[1] : 0, selector);
+  const uint32_t high = __byte_perm(levels.high[0], kBases > 2 ? levels.high[1] : 0, selector);
+  first = __byte_perm(low, high, 0x5140);
+  second = __byte_perm(low, high, 0x7362);
+}
+
+// c += a × b: a float16 16×16, b 16×8, c float32. With g = lane / 4 and t = lane % 4: a[0], a[1] are the pair 2t of rows
+// g and g + 8, a[2], a[3] the pair 2t + 8; b[0], b[1] the same pairs of column g; c as count_shared_bits gives it.
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  const auto half = [&](uint32_t a0, uint32_t a1, uint32_t b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+  };
+  half(a[0], a[1], b0);
+  half(a[2], a[3], b1);
+#endif
+}
+
+}  // namespace qbb::cuda
