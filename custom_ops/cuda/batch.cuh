@@ -104,14 +104,9 @@ __device__ __forceinline__ void add_part(float (&sums)[kColumns][4], const Chunk
 }
 
 template <int kBases, int kColumns>
-__device__ __forceinline__ void add_chunk(float (&sums)[kColumns][4], const Chunk<kBases>& chunk, const Weights& w,
-                                          int tile, int at, float inverse, const uint4* x, int lane) {
-  float2 z = make_float2(0.0f, 0.0f);
-  if (w.offset != nullptr) {
-    z = load_offset(w, tile, at, lane);
-    z.x *= inverse;
-    z.y *= inverse;
-  }
+__device__ __forceinline__ void add_chunk(float (&sums)[kColumns][4], const Chunk<kBases>& chunk, float inverse,
+                                          const uint4* x) {
+  const float2 z = make_float2(chunk.offset.x * inverse, chunk.offset.y * inverse);
   if constexpr (kBases == 4) {  // a look-up has eight entries, so four bases are two matrices
     add_part<0, 2>(sums, chunk, inverse, z, x);
     add_part<2, 2>(sums, chunk, inverse, make_float2(0.0f, 0.0f), x);
@@ -139,7 +134,7 @@ __device__ __forceinline__ void stage(uint4* memory, float* powers, const uint16
   }
 }
 
-// float16 scales; groups that are whole chunks or whole rows. X float16, or bfloat16 (kBrain). blockIdx.y: blocks of
+// float16 scales; groups that are 2^n chunks, or whole rows. X float16, or bfloat16 (kBrain). blockIdx.y: blocks of
 // 8·kColumns rows of X.
 template <int kBases, int kColumns, bool kBrain>
 __global__ void __launch_bounds__(kBatchWarps * 32, 2) batch(const Weights w, const Rows rows) {
@@ -152,6 +147,7 @@ __global__ void __launch_bounds__(kBatchWarps * 32, 2) batch(const Weights w, co
   const auto* x = static_cast<const uint16_t*>(rows.x) + static_cast<int64_t>(row) * w.K;
   const bool aligned = w.K % 8 == 0 && reinterpret_cast<uintptr_t>(rows.x) % 16 == 0;
   const float inverse = 1.0f / w.unit;
+  const Lane own = lane_of(w, lane);
   const auto share = [&](int i) { return static_cast<int>(static_cast<int64_t>(w.tiles) * i / gridDim.x); };
   const int end = share(static_cast<int>(blockIdx.x) + 1);
   bool ready = false;
@@ -159,10 +155,10 @@ __global__ void __launch_bounds__(kBatchWarps * 32, 2) batch(const Weights w, co
     const int tiles = min(end - tile, kBatchWarps), split = kBatchWarps / tiles;
     const int mine = tile + warp / split, part = warp % split;  // warps past the last tile only help to stage X
     const bool busy = mine < tile + tiles;
-    Chunk<kBases> next[kBatchDepth];
+    Chunk<kBases> next[kBatchDepth][1];
 #pragma unroll
     for (int d = 0; d < kBatchDepth; ++d) {
-      if (busy && part + d * split < chunks) load_chunk(next[d], w, mine, part + d * split, lane);
+      if (busy && part + d * split < chunks) load_chunks(next[d], w, own, mine, part + d * split);
     }
     if (!ready) wait_for_previous_kernel();
     ready = true;
@@ -174,16 +170,16 @@ __global__ void __launch_bounds__(kBatchWarps * 32, 2) batch(const Weights w, co
       stage<kRows, kBrain>(memory, powers, x, block, block_end - block, here, w.K, aligned);
       __syncthreads();
       while (busy && at < block_end) {
-        const Chunk<kBases> now = next[0];
+        const Chunk<kBases> now = next[0][0];
 #pragma unroll
-        for (int d = 0; d + 1 < kBatchDepth; ++d) next[d] = next[d + 1];
+        for (int d = 0; d + 1 < kBatchDepth; ++d) next[d][0] = next[d + 1][0];
         const int ahead = at + kBatchDepth * split;
-        if (ahead < chunks) load_chunk(next[kBatchDepth - 1], w, mine, ahead, lane);
+        if (ahead < chunks) load_chunks(next[kBatchDepth - 1], w, own, mine, ahead);
         const int place = (at - block) * kRows;
         const uint4* from = memory + (place + lane / 4) * kRowStride + lane % 4;
         if constexpr (kBrain) {
           float part_sums[kColumns][4] = {};
-          add_chunk<kBases, kColumns>(part_sums, now, w, mine, at, inverse, from, lane);
+          add_chunk<kBases, kColumns>(part_sums, now, inverse, from);
 #pragma unroll
           for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
@@ -192,7 +188,7 @@ __global__ void __launch_bounds__(kBatchWarps * 32, 2) batch(const Weights w, co
             }
           }
         } else {
-          add_chunk<kBases, kColumns>(sums, now, w, mine, at, inverse, from, lane);
+          add_chunk<kBases, kColumns>(sums, now, inverse, from);
         }
         at += split;
       }

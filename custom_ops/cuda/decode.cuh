@@ -34,9 +34,7 @@ template <int kBases>
 constexpr int kDepth = kBases == 1 ? 4 : kBases == 2 ? 3 : 2;
 
 template <int kBases>
-struct Piece {
-  Chunk<kBases> chunks[kPieceChunks];
-};
+using Piece = Chunk<kBases>[kPieceChunks];
 
 // Where a warp is: its pieces are kDecodeWarps apart.
 struct Cursor {
@@ -51,21 +49,15 @@ struct Cursor {
   }
 };
 
-template <int kBases>
-__device__ __forceinline__ void load_piece(Piece<kBases>& p, const Weights& w, Cursor at, int lane) {
-#pragma unroll
-  for (int u = 0; u < kPieceChunks; ++u) load_chunk(p.chunks[u], w, at.tile, at.piece * kPieceChunks + u, lane);
-}
-
 // One piece of a tile times up to kRows rows of X, added to `sums` (rows 2g and 2g + 1 of the tile) in units of 4^t / 2.
 template <int kBases, int kBits, int kRows>
-__device__ __forceinline__ void add_piece(float (&sums)[kRows][2], const Piece<kBases>& p, const Weights& w, Cursor at,
+__device__ __forceinline__ void add_piece(float (&sums)[kRows][2], const Piece<kBases>& p, int first,
                                           const uint32_t* planes, const float2* steps, int chunks, int lane) {
   constexpr int kTiles = kBits / 8;  // of eight planes
   const int t = lane % 4, sign = t == 3 ? -2 : 2;
 #pragma unroll
   for (int u = 0; u < kPieceChunks; ++u) {
-    const int chunk = at.piece * kPieceChunks + u;
+    const int chunk = first + u;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int place = r * chunks + chunk;
@@ -78,25 +70,22 @@ __device__ __forceinline__ void add_piece(float (&sums)[kRows][2], const Piece<k
 #pragma unroll
       for (int b = 0; b < kBases; ++b) {
         int c[4], d[4];
-        count_shared_bits(c, p.chunks[u].words[b].x, p.chunks[u].words[b].y, x[0]);
+        count_shared_bits(c, p[u].words[b].x, p[u].words[b].y, x[0]);
         int first, second;
         if constexpr (kTiles == 1) {
           first = weigh(c[0], c[1], sign);
           second = weigh(c[2], c[3], sign);
         } else {
-          count_shared_bits(d, p.chunks[u].words[b].x, p.chunks[u].words[b].y, x[1]);
+          count_shared_bits(d, p[u].words[b].x, p[u].words[b].y, x[1]);
           first = weigh(c[0], c[1], d[0], d[1], sign);
           second = weigh(c[2], c[3], d[2], d[3], sign);
         }
-        const float2 scale = to_floats(p.chunks[u].scales[b]);
+        const float2 scale = to_floats(p[u].scales[b]);
         part[0] = fmaf(scale.x, static_cast<float>(first) - half_total, part[0]);
         part[1] = fmaf(scale.y, static_cast<float>(second) - half_total, part[1]);
       }
-      if (w.offset != nullptr) {
-        const float2 z = load_offset(w, at.tile, chunk, lane);
-        part[0] = fmaf(z.x, half_total, part[0]);
-        part[1] = fmaf(z.y, half_total, part[1]);
-      }
+      part[0] = fmaf(p[u].offset.x, half_total, part[0]);
+      part[1] = fmaf(p[u].offset.y, half_total, part[1]);
       sums[r][0] = fmaf(step.x, part[0], sums[r][0]);
       sums[r][1] = fmaf(step.x, part[1], sums[r][1]);
     }
@@ -122,7 +111,7 @@ __device__ __forceinline__ void make_planes(uint32_t* planes, float2* steps, con
   }
 }
 
-// float16 scales; groups that are whole chunks or whole rows; rows.M <= kRows.
+// float16 scales; groups that are 2^n chunks, or whole rows; rows.M <= kRows.
 template <int kBases, int kBits, int kRows>
 __global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode(const Weights w, const Rows rows) {
   extern __shared__ uint4 memory[];
@@ -133,6 +122,7 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode(const Weights w, 
   auto* steps = reinterpret_cast<float2*>(planes + kRows * chunks * kBits * 4);
   auto* partial = reinterpret_cast<float*>(steps + kRows * chunks);  // [kRoundTiles][kDecodeWarps][kRows][16]
   constexpr int kDeep = kDepth<kBases>;
+  const Lane mine = lane_of(w, lane);
 
   const auto share = [&](int i) { return static_cast<int>(static_cast<int64_t>(w.tiles) * i / gridDim.x); };
   const int first = share(static_cast<int>(blockIdx.x)), end = share(static_cast<int>(blockIdx.x) + 1);
@@ -145,7 +135,7 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode(const Weights w, 
     Piece<kBases> pieces[kDeep];
 #pragma unroll
     for (int d = 0; d < kDeep; ++d) {
-      if (next.tile < round_end) load_piece(pieces[d], w, next, lane);
+      if (next.tile < round_end) load_chunks(pieces[d], w, mine, next.tile, next.piece * kPieceChunks);
       next.advance(shape.pieces);
     }
     for (int i = static_cast<int>(threadIdx.x); i < tiles * kDecodeWarps * kRows * QBB_TILE_ROWS; i += kDecodeWarps * 32) {
@@ -183,8 +173,8 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode(const Weights w, 
           close();
           open = now.tile;
         }
-        add_piece<kBases, kBits, kRows>(sums, pieces[d], w, now, planes, steps, chunks, lane);
-        if (next.tile < round_end) load_piece(pieces[d], w, next, lane);
+        add_piece<kBases, kBits, kRows>(sums, pieces[d], now.piece * kPieceChunks, planes, steps, chunks, lane);
+        if (next.tile < round_end) load_chunks(pieces[d], w, mine, next.tile, next.piece * kPieceChunks);
         next.advance(shape.pieces);
         now.advance(shape.pieces);
       }

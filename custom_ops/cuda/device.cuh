@@ -11,7 +11,7 @@ namespace qbb::cuda {
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Weights are read once: they should not push anything else out of the first-level cache.
-__device__ __forceinline__ uint2 load_once(const uint32_t* p) {
+__device__ __forceinline__ uint2 load_once(const void* p) {
   uint2 r;
   asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(p));
   return r;
@@ -39,35 +39,54 @@ __device__ __forceinline__ float2 load_scales(const Weights& w, int64_t i) {
   return *reinterpret_cast<const float2*>(static_cast<const float*>(w.scales) + i);
 }
 
-// One lane's part of a chunk, four words of 16 rows: with g = lane / 4 and t = lane % 4, word t of rows 2g and 2g + 1, and
-// their float16 scales. Only for groups that are whole chunks, or whole rows.
+// One lane's part of a chunk, four words of 16 rows: with g = lane / 4 and t = lane % 4, word t of rows 2g and 2g + 1,
+// their float16 scales and offsets.
 template <int kBases>
 struct Chunk {
   uint2 words[kBases];
   uint32_t scales[kBases];
+  float2 offset;
 };
 
-__device__ __forceinline__ int group_of_chunk(const Weights& w, int chunk) {
-  const int word = min(chunk * kChunkWords, w.words - 1);  // chunks may be counted past the end
-  return w.group_words == kChunkWords ? word / kChunkWords : word / w.group_words;
+// Where a lane's part of all chunks begins. Addresses are sums of few terms: with integer arithmetic in every load, a
+// kernel would wait for addresses and not for memory.
+struct Lane {
+  const char* planes;
+  const char* scales;
+  const char* offset;
+  int word;  // t
+};
+
+__device__ __forceinline__ Lane lane_of(const Weights& w, int lane) {
+  const int g = lane / 4, t = lane % 4;
+  return Lane{reinterpret_cast<const char*>(w.planes) + t * QBB_TILE_ROWS * 4 + g * 8,
+              static_cast<const char*>(w.scales) + g * 4, reinterpret_cast<const char*>(w.offset) + g * 8, t};
 }
 
-template <int kBases>
-__device__ __forceinline__ void load_chunk(Chunk<kBases>& to, const Weights& w, int tile, int chunk, int lane) {
-  const int word = chunk * kChunkWords + lane % 4, group = group_of_chunk(w, chunk);
+// Chunks first .. first + kCount of a tile. Only for groups that are 2^shift chunks, or whole rows. Past the last chunk all
+// words are 0.
+template <int kBases, int kCount>
+__device__ __forceinline__ void load_chunks(Chunk<kBases> (&to)[kCount], const Weights& w, const Lane& lane, int tile,
+                                            int first) {
+  constexpr int kBytes = kChunkWords * QBB_TILE_ROWS * 4;
+  const char* planes = lane.planes + static_cast<int64_t>(tile) * w.tile_bytes + static_cast<int64_t>(first) * kBytes;
+  const int64_t groups = static_cast<int64_t>(tile) * w.groups;
 #pragma unroll
-  for (int b = 0; b < kBases; ++b) {
-    const int64_t at = static_cast<int64_t>(b) * w.tiles + tile;
-    to.words[b] = make_uint2(0, 0);
-    if (word < w.words) to.words[b] = load_once(w.planes + (at * w.words + word) * QBB_TILE_ROWS + lane / 4 * 2);
-    const auto* scales = static_cast<const __half*>(w.scales) + (at * w.groups + group) * QBB_TILE_ROWS + lane / 4 * 2;
-    to.scales[b] = __ldg(reinterpret_cast<const unsigned*>(scales));
+  for (int u = 0; u < kCount; ++u) {
+    const int64_t group = groups + min((first + u) >> w.group_shift, w.groups - 1);
+    const char* scales = lane.scales + group * (QBB_TILE_ROWS * 2);
+    const bool inside = (first + u) * kChunkWords + lane.word < w.words;
+#pragma unroll
+    for (int b = 0; b < kBases; ++b) {
+      to[u].words[b] = make_uint2(0, 0);
+      if (inside) to[u].words[b] = load_once(planes + b * w.plane_bytes + u * kBytes);
+      to[u].scales[b] = __ldg(reinterpret_cast<const unsigned*>(scales + b * w.scale_bytes));
+    }
+    to[u].offset = make_float2(0.0f, 0.0f);
+    if (w.offset != nullptr) {
+      to[u].offset = __ldg(reinterpret_cast<const float2*>(lane.offset + group * (QBB_TILE_ROWS * 4)));
+    }
   }
-}
-
-__device__ __forceinline__ float2 load_offset(const Weights& w, int tile, int chunk, int lane) {
-  const int64_t at = static_cast<int64_t>(tile) * w.groups + group_of_chunk(w, chunk);
-  return *reinterpret_cast<const float2*>(w.offset + at * QBB_TILE_ROWS + lane / 4 * 2);
 }
 
 __device__ __forceinline__ float2 to_floats(uint32_t halves) {

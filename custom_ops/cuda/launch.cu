@@ -77,7 +77,9 @@ Rule rule_for(const Weights& w, Type type, int64_t M, bool integer, const Device
 }  // namespace
 
 bool regular(const Weights& w, const Device& device) {
-  return w.half_scales && w.bases <= 4 && (w.group_words % kChunkWords == 0 || w.group_words == w.words) &&
+  const int chunks = w.group_words / kChunkWords;
+  const bool power = w.group_words % kChunkWords == 0 && (chunks & (chunks - 1)) == 0;
+  return w.half_scales && w.bases <= 4 && (power || w.group_words == w.words) &&
          static_cast<int64_t>(decode_memory(w.words, 16, 4)) <= device.shared_memory;
 }
 

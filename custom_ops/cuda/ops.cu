@@ -160,6 +160,13 @@ qbb_cuda_kernel::qbb_cuda_kernel(const qbb_matrix& m, int32_t mode, const char* 
                              (one_offset ? 0 : reinterpret_cast<uintptr_t>(m.offset.data));
     if (places % 8 != 0) throw Error("misaligned weights", "addresses that are multiples of 8", "others", QBB_UNSUPPORTED);
   }
+  while (weights.group_words != weights.words && (qbb::cuda::kChunkWords << weights.group_shift) < weights.group_words) {
+    ++weights.group_shift;
+  }
+  if (weights.group_words == weights.words) weights.group_shift = 30;
+  weights.tile_bytes = static_cast<int>(s.words * QBB_TILE_ROWS * 4);
+  weights.plane_bytes = s.tiles * s.words * QBB_TILE_ROWS * 4;
+  weights.scale_bytes = s.tiles * s.groups * QBB_TILE_ROWS * 2;
   const Buffer found = allocate(4);
   check(cudaMemset(found.get(), 0, 4), "cudaMemset");
   qbb::cuda::largest_level<<<kBlocks, kThreads>>>(weights, static_cast<unsigned*>(found.get()));

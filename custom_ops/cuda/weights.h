@@ -18,6 +18,10 @@ struct Weights {
   const float* offset;     // [tiles, groups, 16], or NULL for none
   const float* bias;       // [N], or NULL for none
   float unit;              // a power of two: levels divided by it fit float16 well
+  // For matrices whose groups are 2^shift chunks, or whole rows:
+  int group_shift;
+  int tile_bytes;                    // of planes, from tile to tile
+  int64_t plane_bytes, scale_bytes;  // from basis to basis
 };
 
 // Element types of X and Y, numbered as in ONNX.
