@@ -10,35 +10,53 @@ namespace qbb::cuda {
 enum class Path {
   kDecode,   // bit planes of X, few rows of it at a time
   kBatch,    // weights made float16, for up to 32 rows of X at a time
+  kPrompt,   // the same for 128 or 256 rows of X, with Hopper's warpgroup products
   kGeneral,  // any matrix, a row of X at a time
 };
 
 struct Rule {
-  int arch;      // 10 * major + minor, at least
-  bool integer;  // mode int8
-  int64_t rows;  // of X, at most
+  int arch, last_arch;  // 10 * major + minor
+  bool integer;         // mode int8
+  int64_t rows;         // of X, at most
   Path path;
-  int step;      // rows of X in one launch of kDecode
+  int step;             // rows of X in one launch of kDecode
 };
 
 constexpr int64_t kAnyRows = INT64_MAX;
 
-// The first that fits. float16 and bfloat16:
+constexpr int kAnyArch = 1 << 20;
+
+#if QBB_CUDA_90A
+constexpr int kWarpgroupArch = 90;
+#else
+constexpr int kWarpgroupArch = -1;  // not built
+#endif
+
+// The first that fits. float16:
 constexpr Rule kHalfRules[] = {
-    {80, false, 1, Path::kDecode, 1},
-    {80, false, 2, Path::kDecode, 2},
-    {80, true, 1, Path::kDecode, 1},
-    {80, true, 2, Path::kDecode, 2},
-    {80, true, 4, Path::kDecode, 4},
-    {75, false, kAnyRows, Path::kBatch, 0},
-    {75, true, kAnyRows, Path::kBatch, 0},
+    {80, kAnyArch, false, 1, Path::kDecode, 1},
+    {80, kAnyArch, false, 2, Path::kDecode, 2},
+    {80, kAnyArch, true, 1, Path::kDecode, 1},
+    {80, kAnyArch, true, 2, Path::kDecode, 2},
+    {80, kAnyArch, true, 4, Path::kDecode, 4},
+    {75, kAnyArch, false, 96, Path::kBatch, 0},
+    {75, kAnyArch, true, 96, Path::kBatch, 0},
+    {90, kWarpgroupArch, false, kAnyRows, Path::kPrompt, 0},
+    {90, kWarpgroupArch, true, kAnyRows, Path::kPrompt, 0},
+    {75, kAnyArch, false, kAnyRows, Path::kBatch, 0},
+    {75, kAnyArch, true, kAnyRows, Path::kBatch, 0},
 };
 
 // float32, whose digits float16 cannot hold:
 constexpr Rule kFloatRules[] = {
-    {80, false, 1, Path::kDecode, 1}, {80, false, 2, Path::kDecode, 2}, {80, false, kAnyRows, Path::kDecode, 4},
-    {80, true, 1, Path::kDecode, 1},  {80, true, 2, Path::kDecode, 2},  {80, true, kAnyRows, Path::kDecode, 4},
-    {75, false, kAnyRows, Path::kGeneral, 1}, {75, true, kAnyRows, Path::kGeneral, 1},
+    {80, kAnyArch, false, 1, Path::kDecode, 1},
+    {80, kAnyArch, false, 2, Path::kDecode, 2},
+    {80, kAnyArch, false, kAnyRows, Path::kDecode, 4},
+    {80, kAnyArch, true, 1, Path::kDecode, 1},
+    {80, kAnyArch, true, 2, Path::kDecode, 2},
+    {80, kAnyArch, true, kAnyRows, Path::kDecode, 4},
+    {75, kAnyArch, false, kAnyRows, Path::kGeneral, 1},
+    {75, kAnyArch, true, kAnyRows, Path::kGeneral, 1},
 };
 
 }  // namespace qbb::cuda

@@ -5,6 +5,7 @@
 #include "cuda/batch.cuh"
 #include "cuda/decode.cuh"
 #include "cuda/general.cuh"
+#include "cuda/prompt.cuh"
 
 namespace qbb::cuda {
 namespace {
@@ -40,6 +41,16 @@ Kernel batch_kernel(int bases, bool brain, int columns) {
   }
 }
 
+template <int kTokens>
+Kernel prompt_kernel(int bases) {
+  switch (bases) {
+    case 1: return prompt<1, kTokens>;
+    case 2: return prompt<2, kTokens>;
+    case 3: return prompt<3, kTokens>;
+    default: return prompt<4, kTokens>;
+  }
+}
+
 cudaError_t start(Kernel kernel, dim3 grid, int threads, size_t memory, const Weights& w, const Rows& rows,
                   const Device& device, cudaStream_t stream) {
   cudaLaunchConfig_t config{};
@@ -64,13 +75,16 @@ Rows from_row(const Rows& rows, const Weights& w, int64_t first, int64_t count) 
 }
 
 Rule rule_for(const Weights& w, Type type, int64_t M, bool integer, const Device& device) {
+  constexpr Rule kAnything{0, kAnyArch, false, kAnyRows, Path::kGeneral, 1};
   const auto find = [&](const auto& rules) {
     for (const Rule& rule : rules) {
-      if (rule.arch <= device.arch && rule.integer == integer && M <= rule.rows) return rule;
+      if (rule.path == Path::kPrompt && type != kFloat16) continue;
+      const bool fits = rule.arch <= device.arch && device.arch <= rule.last_arch;
+      if (fits && rule.integer == integer && M <= rule.rows) return rule;
     }
-    return Rule{0, integer, kAnyRows, Path::kGeneral, 1};
+    return kAnything;
   };
-  if (!regular(w, device)) return Rule{0, integer, kAnyRows, Path::kGeneral, 1};
+  if (!regular(w, device)) return kAnything;
   return type == kFloat32 ? find(kFloatRules) : find(kHalfRules);
 }
 
@@ -99,7 +113,9 @@ cudaError_t reserve(const Weights& w, const Device& device) {
       if (status != cudaSuccess) return status;
     }
   }
-  return cudaSuccess;
+  if (device.arch != kWarpgroupArch) return cudaSuccess;
+  const cudaError_t status = allow(prompt_kernel<128>(w.bases), kPromptMemory<128>);
+  return status != cudaSuccess ? status : allow(prompt_kernel<256>(w.bases), kPromptMemory<256>);
 }
 
 cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, const Device& device,
@@ -108,7 +124,7 @@ cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, 
   const int tiles = w.tiles;
   constexpr int64_t kGridRows = 32768;  // of blocks, at most
   int64_t step = rule.step;
-  if (rule.path == Path::kBatch) step = kGridRows * kColumn;
+  if (rule.path == Path::kBatch || rule.path == Path::kPrompt) step = kGridRows * kColumn;
   if (rule.path == Path::kGeneral) step = kGridRows;
   for (int64_t row = 0; row < M; row += step) {
     const int64_t count = std::min(M - row, step);
@@ -124,6 +140,13 @@ cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, 
       status = start(batch_kernel(w.bases, rows.type == kBFloat16, columns),
                      dim3(std::min(tiles, 2 * device.multiprocessors), static_cast<unsigned>(blocks)), kBatchWarps * 32,
                      kBatchMemory, w, part, device, stream);
+    } else if (rule.path == Path::kPrompt) {
+      const int tokens = count <= 128 ? 128 : 256;
+      const dim3 grid((tiles + kPromptTiles - 1) / kPromptTiles, static_cast<unsigned>((count + tokens - 1) / tokens));
+      status = tokens == 128 ? start(prompt_kernel<128>(w.bases), grid, kPromptThreads, kPromptMemory<128>, w, part,
+                                     device, stream)
+                             : start(prompt_kernel<256>(w.bases), grid, kPromptThreads, kPromptMemory<256>, w, part,
+                                     device, stream);
     } else {
       status = start(general, dim3(tiles, static_cast<unsigned>(count)), kGeneralWarps * 32, 0, w, part, device, stream);
     }

@@ -36,7 +36,7 @@ def bound(layer: Layer, x: np.ndarray, dtype: torch.dtype, bits: int = 16) -> np
     largest = np.repeat(chunks.max(axis=-1), CHUNK, axis=1)[:, : x.shape[1]]
     no_bias = Layer(layer.spec, layer.planes, layer.scales, layer.offset, np.zeros(1, np.float32))
     rounded = no_bias.terms(largest) / (2 ** (bits - 1) - 1) / 2
-    levels = 2.0**-11 * no_bias.terms(x)
+    levels = 2.0 ** (-10 if layer.spec.bases == 4 else -11) * no_bias.terms(x)
     sums = layer.spec.K * 2.0**-23 * layer.terms(x)
     total = np.maximum(rounded, levels if dtype != torch.float32 else 0) + sums
     return total + 2.0 ** -DIGITS[dtype] * (np.abs(layer.exact(x)) + total) + 1e-30
@@ -75,7 +75,7 @@ def test_large(bases: int, mode: str, arch: str | None) -> None:
     rng = np.random.default_rng(bases)
     for K, N in ((4096, 6144), (1408, 512), (14336, 1024)):
         layer = make_layer(rng, K, N, bases, 128, dtype=np.float16, offset=bases < 3)
-        for dtype, rows in itertools.product(DTYPES, (1, 2, 4, 7, 16, 33, 130)):
+        for dtype, rows in itertools.product(DTYPES, (1, 2, 4, 7, 16, 33, 130, 300)):
             check(layer, rows, dtype, mode=fmt.MODES.index(mode), arch=arch)
 
 
