@@ -3,9 +3,9 @@
     python benchmarks/gpu.py --json gpu.json
 
 Ours and cuBLAS float16 through PyTorch, MatMulNBits through ONNX Runtime, gemlite where it is installed. Each contender
-has so many copies of its weights that they pass the second-level cache, in one CUDA graph. Graphs are replayed in turns;
-the figure is the median, divided by the number of copies. What makes bit planes or anything else of X is inside. How fast
-memory can be read is measured in the same rounds.
+has so many copies of its weights that they pass the second-level cache, all in one CUDA graph. Graphs are replayed in
+turns; the figure is the median, divided by the number of copies. What makes bit planes or anything else of X is inside.
+How fast memory can be read is measured in the same rounds.
 """
 
 from __future__ import annotations

@@ -33,9 +33,10 @@ def export(source: Path, output: Path, *arguments: str) -> Path:
     return output
 
 
-def on_both(
-    path: Path, feeds: dict[str, np.ndarray], profile: Path
-) -> tuple[np.ndarray, np.ndarray, dict[str, set[str]]]:
+Providers = dict[str, set[str]]
+
+
+def on_both(path: Path, feeds: dict[str, np.ndarray], profile: Path) -> tuple[np.ndarray, np.ndarray, Providers]:
     """The first output on CPU and GPU, and by type of node the providers that ran it on the GPU's side."""
     options = onnxruntime.SessionOptions()
     options.enable_profiling, options.profile_file_prefix = True, str(profile)
