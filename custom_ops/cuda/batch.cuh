@@ -138,7 +138,7 @@ __device__ __forceinline__ void stage(uint4* memory, float* powers, const uint16
 // 8·kColumns rows of X.
 template <int kBases, int kColumns, bool kBrain>
 __global__ void __launch_bounds__(kBatchWarps * 32, 2) batch(const Weights w, const Rows rows) {
-  extern __shared__ uint4 memory[];
+  uint4* memory = block_memory();
   constexpr int kRows = kColumns * kColumn, kBlock = kBlockChunks<kColumns>;
   auto* powers = reinterpret_cast<float*>(memory + kBlock * kRows * kRowStride);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;

@@ -114,7 +114,7 @@ __device__ __forceinline__ void make_planes(uint32_t* planes, float2* steps, con
 // float16 scales; groups that are 2^n chunks, or whole rows; rows.M <= kRows.
 template <int kBases, int kBits, int kRows>
 __global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode(const Weights w, const Rows rows) {
-  extern __shared__ uint4 memory[];
+  uint4* memory = block_memory();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const DecodeShape shape = decode_shape(w.words);
   const int chunks = shape.pieces * kPieceChunks;

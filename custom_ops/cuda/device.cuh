@@ -4,18 +4,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "cuda/instructions.cuh"
 #include "cuda/weights.h"
 
 namespace qbb::cuda {
-
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-// Weights are read once: they should not push anything else out of the first-level cache.
-__device__ __forceinline__ uint2 load_once(const void* p) {
-  uint2 r;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(p));
-  return r;
-}
 
 __device__ __forceinline__ float load_x(const Rows& rows, int64_t i) {
   switch (rows.type) {
@@ -93,40 +85,7 @@ __device__ __forceinline__ float2 to_floats(uint32_t halves) {
   return __half22float2(*reinterpret_cast<const __half2*>(&halves));
 }
 
-__device__ __forceinline__ int sum_of_lanes(int v) {
-#if __CUDA_ARCH__ >= 800
-  return __reduce_add_sync(kAllLanes, v);
-#else
-  for (int s = 16; s > 0; s >>= 1) v += __shfl_xor_sync(kAllLanes, v, s);
-  return v;
-#endif
-}
-
-// The largest of 32 floats that are at least 0: their bits are in the same order.
-__device__ __forceinline__ float max_of_lanes(float v) {
-#if __CUDA_ARCH__ >= 800
-  return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(v)));
-#else
-  for (int s = 16; s > 0; s >>= 1) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, s));
-  return v;
-#endif
-}
-
 // Which of a word's 32 inputs its bit `b` stands for (layout 1, format.h).
 __device__ __forceinline__ int input_of_bit(int b) { return 4 * (b / 8) + b % 4 + (b % 8 < 4 ? 0 : 16); }
-
-// The kernel before this one in the stream has ended, and its results can be seen. What does not depend on them may be
-// read earlier. Does nothing unless the launch allows an early start.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 }  // namespace qbb::cuda

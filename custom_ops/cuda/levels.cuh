@@ -66,22 +66,4 @@ __device__ __forceinline__ void look_up(uint32_t& first, uint32_t& second, const
   second = __byte_perm(low, high, 0x7362);
 }
 
-// c += a × b: a float16 16×16, b 16×8, c float32. With g = lane / 4 and t = lane % 4: a[0], a[1] are the pair 2t of rows
-// g and g + 8, a[2], a[3] the pair 2t + 8; b[0], b[1] the same pairs of column g; c as count_shared_bits gives it.
-__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-#if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#else
-  const auto half = [&](uint32_t a0, uint32_t a1, uint32_t b) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(b));
-  };
-  half(a[0], a[1], b0);
-  half(a[2], a[3], b1);
-#endif
-}
-
 }  // namespace qbb::cuda

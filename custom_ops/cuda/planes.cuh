@@ -70,28 +70,6 @@ __device__ __forceinline__ Planes<kBits> to_planes(const Inputs& in, int lane) {
   return p;
 }
 
-// How many bits rows of A and columns of B share: A 16×128 bits, B 128×8. With g = lane / 4 and t = lane % 4, a lane
-// gives word t of rows g and g + 8 of A and of column g of B; it gets rows g (c[0], c[1]) and g + 8 (c[2], c[3]) of
-// columns 2t and 2t + 1.
-__device__ __forceinline__ void count_shared_bits(int c[4], uint32_t a0, uint32_t a1, uint32_t b) {
-#if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
-      : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
-      : "r"(a0), "r"(a1), "r"(b), "r"(0));
-#else  // Turing's binary product is another one
-  const int lane = static_cast<int>(threadIdx.x % 32), row = lane & ~3, column = lane % 4 * 8;
-  c[0] = c[1] = c[2] = c[3] = 0;
-  for (int i = 0; i < kChunkWords; ++i) {
-    const uint32_t x = __shfl_sync(kAllLanes, a0, row + i), y = __shfl_sync(kAllLanes, a1, row + i);
-    const uint32_t u = __shfl_sync(kAllLanes, b, column + i), v = __shfl_sync(kAllLanes, b, column + 4 + i);
-    c[0] += __popc(x & u);
-    c[1] += __popc(x & v);
-    c[2] += __popc(y & u);
-    c[3] += __popc(y & v);
-  }
-#endif
-}
-
 // Planes 2t and 2t + 1 (and 8 + 2t, 9 + 2t) of a count, in units of 4^t. The last plane is that of the sign.
 __device__ __forceinline__ int weigh(int c0, int c1, int last) { return c0 + last * c1; }
 __device__ __forceinline__ int weigh(int c0, int c1, int d0, int d1, int last) {

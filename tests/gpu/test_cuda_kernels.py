@@ -12,13 +12,13 @@ torch = pytest.importorskip("torch")
 from qbb_export import format as fmt  # noqa: E402
 from tests.gpu.cuda_abi import CudaKernel, need_cuda  # noqa: E402
 from tests.kernels import abi  # noqa: E402
+from tests.kernels.cuda_bound import cuda_bound  # noqa: E402
 from tests.kernels.layers import Layer, group_sizes, make_layer, with_garbage  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DIGITS = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
-CHUNK = 128
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -27,19 +27,8 @@ def cuda() -> None:
 
 
 def bound(layer: Layer, x: np.ndarray, dtype: torch.dtype, bits: int = 16) -> np.ndarray:
-    """How far the result may be from the exact one: docs/format.md, "On CUDA".
-
-    Activations rounded to whole steps of their chunk, or weights rounded to float16; sums in float32, of which each
-    addition rounds by 2^-23 at most (tensor cores cut off); the output rounded to its type.
-    """
-    chunks = np.pad(np.abs(x), ((0, 0), (0, -x.shape[1] % CHUNK))).reshape(len(x), -1, CHUNK)
-    largest = np.repeat(chunks.max(axis=-1), CHUNK, axis=1)[:, : x.shape[1]]
-    no_bias = Layer(layer.spec, layer.planes, layer.scales, layer.offset, np.zeros(1, np.float32))
-    rounded = no_bias.terms(largest) / (2 ** (bits - 1) - 1) / 2
-    levels = 2.0 ** (-10 if layer.spec.bases == 4 else -11) * no_bias.terms(x)
-    sums = layer.spec.K * 2.0**-23 * layer.terms(x)
-    total = np.maximum(rounded, levels if dtype != torch.float32 else 0) + sums
-    return total + 2.0 ** -DIGITS[dtype] * (np.abs(layer.exact(x)) + total) + 1e-30
+    """:func:`cuda_bound` of a type."""
+    return cuda_bound(layer, x, digits=DIGITS[dtype], half=dtype != torch.float32, bits=bits)
 
 
 def check(layer: Layer, rows: int, dtype: torch.dtype, seed: int = 0, **options: object) -> torch.Tensor:

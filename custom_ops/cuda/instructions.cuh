@@ -1,0 +1,101 @@
+// Instructions that CUDA C++ has no name for, and those that not all GPUs have. Kernels contain no assembly themselves, so
+// tests/native can run them on a CPU with another file of this name.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "cuda/weights.h"
+
+namespace qbb::cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// The block's dynamic shared memory.
+__device__ __forceinline__ uint4* block_memory() {
+  extern __shared__ uint4 memory[];
+  return memory;
+}
+
+// Weights are read once: they should not push anything else out of the first-level cache.
+__device__ __forceinline__ uint2 load_once(const void* p) {
+  uint2 r;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(p));
+  return r;
+}
+
+__device__ __forceinline__ int sum_of_lanes(int v) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(kAllLanes, v);
+#else
+  for (int s = 16; s > 0; s >>= 1) v += __shfl_xor_sync(kAllLanes, v, s);
+  return v;
+#endif
+}
+
+// The largest of 32 floats that are at least 0: their bits are in the same order.
+__device__ __forceinline__ float max_of_lanes(float v) {
+#if __CUDA_ARCH__ >= 800
+  return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(v)));
+#else
+  for (int s = 16; s > 0; s >>= 1) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, s));
+  return v;
+#endif
+}
+
+// The kernel before this one in the stream has ended, and its results can be seen. What does not depend on them may be
+// read earlier. Does nothing unless the launch allows an early start.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// How many bits rows of A and columns of B share: A 16×128 bits, B 128×8. With g = lane / 4 and t = lane % 4, a lane
+// gives word t of rows g and g + 8 of A and of column g of B; it gets rows g (c[0], c[1]) and g + 8 (c[2], c[3]) of
+// columns 2t and 2t + 1.
+__device__ __forceinline__ void count_shared_bits(int c[4], uint32_t a0, uint32_t a1, uint32_t b) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+      : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+      : "r"(a0), "r"(a1), "r"(b), "r"(0));
+#else  // Turing's binary product is another one
+  const int lane = static_cast<int>(threadIdx.x % 32), row = lane & ~3, column = lane % 4 * 8;
+  c[0] = c[1] = c[2] = c[3] = 0;
+  for (int i = 0; i < kChunkWords; ++i) {
+    const uint32_t x = __shfl_sync(kAllLanes, a0, row + i), y = __shfl_sync(kAllLanes, a1, row + i);
+    const uint32_t u = __shfl_sync(kAllLanes, b, column + i), v = __shfl_sync(kAllLanes, b, column + 4 + i);
+    c[0] += __popc(x & u);
+    c[1] += __popc(x & v);
+    c[2] += __popc(y & u);
+    c[3] += __popc(y & v);
+  }
+#endif
+}
+
+// c += a × b: a float16 16×16, b 16×8, c float32. With g = lane / 4 and t = lane % 4: a[0], a[1] are the pair 2t of rows
+// g and g + 8, a[2], a[3] the pair 2t + 8; b[0], b[1] the same pairs of column g; c as count_shared_bits gives it.
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  const auto half = [&](uint32_t a0, uint32_t a1, uint32_t b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+  };
+  half(a[0], a[1], b0);
+  half(a[2], a[3], b1);
+#endif
+}
+
+}  // namespace qbb::cuda

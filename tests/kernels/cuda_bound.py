@@ -1,0 +1,29 @@
+"""How far CUDA kernels may be from the exact result: docs/format.md, "On CUDA"."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tests.kernels.layers import Layer
+
+CHUNK = 128
+
+
+def cuda_bound(layer: Layer, x: np.ndarray, *, digits: int, half: bool, bits: int = 16) -> np.ndarray:
+    """The bound for x float64 ``[M, K]``.
+
+    Args:
+        layer: the weights.
+        x: what the kernel was given.
+        digits: of the output's type.
+        half: X has 16 bits, so weights may be rounded to float16; otherwise activations are, to whole steps of 128.
+        bits: of those steps.
+    """
+    chunks = np.pad(np.abs(x), ((0, 0), (0, -x.shape[1] % CHUNK))).reshape(len(x), -1, CHUNK)
+    largest = np.repeat(chunks.max(axis=-1), CHUNK, axis=1)[:, : x.shape[1]]
+    no_bias = Layer(layer.spec, layer.planes, layer.scales, layer.offset, np.zeros(1, np.float32))
+    total = no_bias.terms(largest) / (2 ** (bits - 1) - 1) / 2
+    if half:
+        total = np.maximum(total, 2.0 ** (-10 if layer.spec.bases == 4 else -11) * no_bias.terms(x))
+    total += layer.spec.K * 2.0**-23 * layer.terms(x)  # sums; tensor cores cut off where others round
+    return total + 2.0**-digits * (np.abs(layer.exact(x)) + total) + 1e-30

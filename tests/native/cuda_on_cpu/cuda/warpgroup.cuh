@@ -1,0 +1,57 @@
+// custom_ops/cuda/warpgroup.cuh for emulate.h. Products happen at once, so what is forgotten to be waited for is not found.
+#pragma once
+
+#include "cuda/instructions.cuh"
+
+#define QBB_WARPGROUP_PRODUCTS 1
+
+namespace qbb::cuda {
+
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const char*>(p) - emulate::state().memory_start);
+}
+
+inline void init_barrier(uint64_t* barrier, int count) { emulate::state().barriers[barrier] = emulate::Meeting{count}; }
+inline void show_barriers() {}
+inline void show_stores() {}
+
+inline void arrive(uint64_t* barrier) {
+  emulate::Meeting& m = emulate::state().barriers.at(barrier);
+  if (++m.arrived == m.expected) {
+    m.arrived = 0;
+    ++m.number;
+  }
+}
+
+inline void wait_for(uint64_t* barrier, int parity) {
+  while (emulate::state().barriers.at(barrier).number % 2 == parity) emulate::let_others_run();
+}
+
+inline uint64_t descriptor(uint32_t address) { return address; }
+
+template <int kSums>
+inline void start_product(float (&c)[kSums], const uint32_t (&a)[4], uint64_t b) {
+  const emulate::Shown& all = emulate::show(a, 4);
+  const int g = emulate::lane() / 4, t = emulate::lane() % 4;
+  for (int i = 0; i < kSums; ++i) {
+    const int row = g + i % 4 / 2 * 8, token = i / 4 * 8 + 2 * t + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t at = static_cast<uint32_t>(b) + static_cast<uint32_t>(token) * 128 + static_cast<uint32_t>(k) * 2;
+      const uint32_t swizzled = at ^ ((at >> 7 & 7u) << 4);  // 16-byte pieces, by the row within eight
+      uint16_t bits;
+      std::memcpy(&bits, emulate::state().memory_start + swizzled, 2);
+      c[i] += element_of_a(all, row, k) * half_of(bits, 0);
+    }
+  }
+}
+
+inline void begin_products() {}
+inline void end_products() {}
+template <int kOpen>
+inline void wait_for_products() {}
+template <int kCount>
+inline void give_registers() {}
+template <int kCount>
+inline void take_registers() {}
+
+}  // namespace qbb::cuda

@@ -1,0 +1,68 @@
+// The CUDA kernels on a CPU, for tests/native/test_cuda_on_cpu.py.
+#include "emulate.h"
+
+#include "cuda/batch.cuh"
+#include "cuda/decode.cuh"
+#include "cuda/general.cuh"
+#include "cuda/prompt.cuh"
+
+using namespace qbb::cuda;
+
+namespace {
+
+using Kernel = void (*)(Weights, Rows);
+
+template <int kBases>
+Kernel decode_of(int bits, int step) {
+  if (bits == 8) return step == 1 ? decode<kBases, 8, 1> : step == 2 ? decode<kBases, 8, 2> : decode<kBases, 8, 4>;
+  return step == 1 ? decode<kBases, 16, 1> : step == 2 ? decode<kBases, 16, 2> : decode<kBases, 16, 4>;
+}
+
+template <int kBases>
+Kernel batch_of(bool brain, int columns) {
+  if (brain) return columns == 1 ? batch<kBases, 1, true> : columns == 2 ? batch<kBases, 2, true> : batch<kBases, 4, true>;
+  return columns == 1 ? batch<kBases, 1, false> : columns == 2 ? batch<kBases, 2, false> : batch<kBases, 4, false>;
+}
+
+}  // namespace
+
+// path: 0 decode (option: 100 * bits + rows), 1 batch (option: columns), 2 prompt (option: rows), 3 general.
+// Returns 0, 1 if threads wait for each other for ever, 2 for an unknown kernel.
+extern "C" int run_on_cpu(int path, int option, int blocks, const Weights* w, const Rows* rows) {
+  Kernel kernel = nullptr;
+  dim3 grid(static_cast<unsigned>(blocks));
+  int threads = 0;
+  size_t memory = 0;
+  const auto pick = [&](auto bases) {
+    constexpr int kBases = decltype(bases)::value;
+    if (path == 0) kernel = decode_of<kBases>(option / 100, option % 100);
+    if (path == 1) kernel = batch_of<kBases>(rows->type == kBFloat16, option);
+    if (path == 2) kernel = option == 128 ? prompt<kBases, 128> : prompt<kBases, 256>;
+  };
+  switch (w->bases) {
+    case 1: pick(std::integral_constant<int, 1>{}); break;
+    case 2: pick(std::integral_constant<int, 2>{}); break;
+    case 3: pick(std::integral_constant<int, 3>{}); break;
+    case 4: pick(std::integral_constant<int, 4>{}); break;
+    default: break;
+  }
+  if (path == 0) {
+    threads = kDecodeWarps * 32;
+    memory = decode_memory(w->words, option / 100, option % 100);
+  } else if (path == 1) {
+    threads = kBatchWarps * 32;
+    memory = kBatchMemory;
+    grid.y = static_cast<unsigned>((rows->M + option * kColumn - 1) / (option * kColumn));
+  } else if (path == 2) {
+    threads = kPromptThreads;
+    memory = option == 128 ? kPromptMemory<128> : kPromptMemory<256>;
+    grid = dim3(static_cast<unsigned>((w->tiles + kPromptTiles - 1) / kPromptTiles),
+                static_cast<unsigned>((rows->M + option - 1) / option));
+  } else {
+    kernel = general;
+    threads = kGeneralWarps * 32;
+    grid = dim3(static_cast<unsigned>(w->tiles), static_cast<unsigned>(rows->M));
+  }
+  if (kernel == nullptr) return 2;
+  return emulate::run(grid, threads, memory, [&] { kernel(*w, *rows); }) ? 0 : 1;
+}
