@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kBatchWarps * 32, 2) batch(const Weights w, co
   const auto* x = static_cast<const uint16_t*>(rows.x) + static_cast<int64_t>(row) * w.K;
   const bool aligned = w.K % 8 == 0 && reinterpret_cast<uintptr_t>(rows.x) % 16 == 0;
   const float inverse = 1.0f / w.unit;
-  const Lane own = lane_of(w, lane);
+  const Lane own = lane_of(lane);
   const auto share = [&](int i) { return static_cast<int>(static_cast<int64_t>(w.tiles) * i / gridDim.x); };
   const int end = share(static_cast<int>(blockIdx.x) + 1);
   bool ready = false;

@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode(const Weights w, 
   auto* steps = reinterpret_cast<float2*>(planes + kRows * chunks * kBits * 4);
   auto* partial = reinterpret_cast<float*>(steps + kRows * chunks);  // [kRoundTiles][kDecodeWarps][kRows][16]
   constexpr int kDeep = kDepth<kBases>;
-  const Lane mine = lane_of(w, lane);
+  const Lane mine = lane_of(lane);
 
   const auto share = [&](int i) { return static_cast<int>(static_cast<int64_t>(w.tiles) * i / gridDim.x); };
   const int first = share(static_cast<int>(blockIdx.x)), end = share(static_cast<int>(blockIdx.x) + 1);

@@ -40,44 +40,39 @@ struct Chunk {
   float2 offset;
 };
 
-// Where a lane's part of all chunks begins. Addresses are sums of few terms: with integer arithmetic in every load, a
-// kernel would wait for addresses and not for memory.
+// Where a lane's part of a chunk is: rows 2g and 2g + 1, word t. Offsets have 32 bits and are added to addresses that all
+// threads share; with 64-bit arithmetic in every load, a kernel would wait for addresses and not for memory.
 struct Lane {
-  const char* planes;
-  const char* scales;
-  const char* offset;
-  int word;  // t
+  uint32_t g, t;
 };
 
-__device__ __forceinline__ Lane lane_of(const Weights& w, int lane) {
-  const int g = lane / 4, t = lane % 4;
-  return Lane{reinterpret_cast<const char*>(w.planes) + t * QBB_TILE_ROWS * 4 + g * 8,
-              static_cast<const char*>(w.scales) + g * 4, reinterpret_cast<const char*>(w.offset) + g * 8, t};
+__device__ __forceinline__ Lane lane_of(int lane) {
+  return Lane{static_cast<uint32_t>(lane) / 4, static_cast<uint32_t>(lane) % 4};
 }
 
-// Chunks first .. first + kCount of a tile. Only for groups that are 2^shift chunks, or whole rows. Past the last chunk all
-// words are 0.
+template <class T>
+__device__ __forceinline__ T load_at(const void* base, int64_t shared_offset, uint32_t offset) {
+  return __ldg(reinterpret_cast<const T*>(static_cast<const char*>(base) + shared_offset + offset));
+}
+
+// Chunks first .. first + kCount of a tile. Only for groups that are 2^shift chunks, or whole rows. Past the last word some
+// word is loaded: activations are 0 there.
 template <int kBases, int kCount>
-__device__ __forceinline__ void load_chunks(Chunk<kBases> (&to)[kCount], const Weights& w, const Lane& lane, int tile,
+__device__ __forceinline__ void load_chunks(Chunk<kBases> (&to)[kCount], const Weights& w, Lane lane, int tile,
                                             int first) {
-  constexpr int kBytes = kChunkWords * QBB_TILE_ROWS * 4;
-  const char* planes = lane.planes + static_cast<int64_t>(tile) * w.tile_bytes + static_cast<int64_t>(first) * kBytes;
-  const int64_t groups = static_cast<int64_t>(tile) * w.groups;
+  constexpr uint32_t kRow = QBB_TILE_ROWS * 4;
 #pragma unroll
   for (int u = 0; u < kCount; ++u) {
-    const int64_t group = groups + min((first + u) >> w.group_shift, w.groups - 1);
-    const char* scales = lane.scales + group * (QBB_TILE_ROWS * 2);
-    const bool inside = (first + u) * kChunkWords + lane.word < w.words;
+    const uint32_t word = static_cast<uint32_t>(min((first + u) * kChunkWords + static_cast<int>(lane.t), w.words - 1));
+    const uint32_t at = static_cast<uint32_t>(tile) * static_cast<uint32_t>(w.tile_bytes) + word * kRow + lane.g * 8;
+    const uint32_t group = static_cast<uint32_t>(tile * w.groups + min((first + u) >> w.group_shift, w.groups - 1));
 #pragma unroll
     for (int b = 0; b < kBases; ++b) {
-      to[u].words[b] = make_uint2(0, 0);
-      if (inside) to[u].words[b] = load_once(planes + b * w.plane_bytes + u * kBytes);
-      to[u].scales[b] = __ldg(reinterpret_cast<const unsigned*>(scales + b * w.scale_bytes));
+      to[u].words[b] = load_at<uint2>(w.planes, b * w.plane_bytes, at);
+      to[u].scales[b] = load_at<unsigned>(w.scales, b * w.scale_bytes, group * (kRow / 2) + lane.g * 4);
     }
     to[u].offset = make_float2(0.0f, 0.0f);
-    if (w.offset != nullptr) {
-      to[u].offset = __ldg(reinterpret_cast<const float2*>(lane.offset + group * (QBB_TILE_ROWS * 4)));
-    }
+    if (w.offset != nullptr) to[u].offset = load_at<float2>(w.offset, 0, group * kRow + lane.g * 8);
   }
 }
 

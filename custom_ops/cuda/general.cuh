@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kGeneralWarps * 32) general(const Weights w, c
       for (int b = 0; b < w.bases; ++b) {
         const int64_t at = static_cast<int64_t>(b) * w.tiles + tile;
         uint2 a = make_uint2(0, 0);
-        if (mine) a = load_once(w.planes + (at * w.words + word) * QBB_TILE_ROWS + 2 * g);
+        if (mine) a = *reinterpret_cast<const uint2*>(w.planes + (at * w.words + word) * QBB_TILE_ROWS + 2 * g);
         int c[4], d[4];
         count_shared_bits(c, a.x, a.y, x[0]);
         count_shared_bits(d, a.x, a.y, x[1]);

@@ -18,13 +18,6 @@ __device__ __forceinline__ uint4* block_memory() {
   return memory;
 }
 
-// Weights are read once: they should not push anything else out of the first-level cache.
-__device__ __forceinline__ uint2 load_once(const void* p) {
-  uint2 r;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(p));
-  return r;
-}
-
 __device__ __forceinline__ int sum_of_lanes(int v) {
 #if __CUDA_ARCH__ >= 800
   return __reduce_add_sync(kAllLanes, v);

@@ -1,4 +1,5 @@
 // The C interface of the CUDA kernels (include/qbb/ops.h).
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -128,10 +129,10 @@ struct qbb_cuda_kernel {
 
 qbb_cuda_kernel::qbb_cuda_kernel(const qbb_matrix& m, int32_t mode, const char* arch) {
   const Spec s = qbb::core::validate(m);
-  constexpr int64_t kMost = INT32_MAX / 64;
-  if (s.K > kMost || s.N > kMost) {
-    throw Error("matrix too large for CUDA kernels", "K, N <= " + std::to_string(kMost),
-                std::to_string(s.K) + ", " + std::to_string(s.N), QBB_UNSUPPORTED);
+  // Kernels count in 32 bits within a basis.
+  const int64_t bytes = s.tiles * QBB_TILE_ROWS * 4 * std::max(s.words, s.groups);
+  if (bytes > INT32_MAX) {
+    throw Error("matrix too large for CUDA kernels", "2 GB for a basis", std::to_string(bytes) + " bytes", QBB_UNSUPPORTED);
   }
   integer = mode == QBB_MODE_INT8;
   device = device_of(m.planes.data, arch);

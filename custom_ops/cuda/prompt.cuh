@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kPromptThreads, 1) prompt(const Weights w, con
   take_registers<224>();
   const int lane = thread % 32, warp = thread / 32;
   const int tile = static_cast<int>(blockIdx.x) * kPromptTiles + warp, mine = min(tile, w.tiles - 1);
-  const Lane own = lane_of(w, lane);
+  const Lane own = lane_of(lane);
   const float inverse = 1.0f / w.unit;
   Chunk<kBases> next[1];
   load_chunks(next, w, own, mine, 0);

@@ -10,8 +10,6 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 inline uint4* block_memory() { return reinterpret_cast<uint4*>(emulate::state().memory_start); }
 
-inline uint2 load_once(const void* p) { return *static_cast<const uint2*>(p); }
-
 inline int sum_of_lanes(int v) {
   const auto bits = static_cast<uint32_t>(v);
   const emulate::Shown& all = emulate::show(&bits, 1);
