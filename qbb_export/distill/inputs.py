@@ -30,7 +30,7 @@ def make_inputs(
     random word. About half of its tokens are among the words nearest to it in the table of embeddings, where words that
     occur together lie together; nearly as many are frequent words, drawn by Zipf's law over the order of their ids,
     because vocabularies list frequent pieces first; the rest may be any piece. In a quarter of the sequences some
-    tokens are replaced by the mask token, where there is one.
+    tokens are replaced by the mask token, where there is one: leave it out for a model that no longer predicts tokens.
 
     Args:
         vocabulary: ids to draw from.

@@ -19,7 +19,7 @@ from torch import nn
 from qbb_export.distill import text as texts
 from qbb_export.distill.filter import most_different
 from qbb_export.distill.inputs import make_inputs
-from qbb_export.distill.objective import vocabulary_size, writes_text
+from qbb_export.distill.objective import predicts_tokens, vocabulary_size, writes_text
 from qbb_export.distill.ranks import ALONE, Ranks
 from qbb_export.distill.settings import DistillSettings, ModelRecipe
 from qbb_export.distill.student import Student, Target
@@ -211,7 +211,8 @@ def learning_text(work: Work) -> tuple[list[Tokens], list[Tokens]]:
         batch = max((d.batch for d in work.recipe.distill), default=8)
         context = texts.context_length(work.model, settings.length)
         embeddings: Any = work.model.get_input_embeddings()  # type: ignore[operator]
-        parts = make_inputs(work.vocabulary, embeddings.weight, settings, context, batch * settings.length)
+        known = work.vocabulary if predicts_tokens(work.model) else replace(work.vocabulary, mask=None)
+        parts = make_inputs(known, embeddings.weight, settings, context, batch * settings.length)
         if work.calibration is not None:
             parts += _calibration(work, context)
         share = max(1, len(parts) * settings.validation // settings.sequences)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 from qbb_export.distill.inputs import make_inputs, nearest_words  # noqa: E402
-from qbb_export.distill.settings import TextSettings  # noqa: E402
+from qbb_export.distill.run import Work, learning_text  # noqa: E402
+from qbb_export.distill.settings import ModelRecipe, TextSettings  # noqa: E402
 from qbb_export.distill.text import Vocabulary  # noqa: E402
+from qbb_export.load import load_torch  # noqa: E402
+from qbb_export.record import Record  # noqa: E402
+from qbb_export.source import LoadOptions  # noqa: E402
+from tests.unit.models import tiny  # noqa: E402
 
 # Ids 10 to 199 are junk; 200 to 1799 are words in 16 clusters of 100, a word's cluster being its id modulo 16.
 IDS, WORDS, CLUSTERS = 1800, np.arange(200, 1800), 16
@@ -73,3 +82,17 @@ def test_words_nearest_to_a_word() -> None:
     assert all(len(set(row)) == 64 and set(row) <= set(WORDS) for row in found)
     few = nearest_words(table(), np.arange(10, 15), np.arange(5))
     assert few.shape == (5, 5) and few[:, 0].tolist() == list(range(10, 15))
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_only_a_model_that_predicts_tokens_sees_masks(tmp_path: Path, head: bool) -> None:
+    loaded = load_torch(str(tiny("bert", tmp_path / "hf")[0]), LoadOptions())
+    if head:
+        loaded = replace(loaded, module=transformers.BertForMaskedLM(loaded.module.config))
+    recipe = ModelRecipe(text=TextSettings(sequences=64, length=32, validation=8))
+    with Record.open(tmp_path / "m.qbb", recipe="best") as record:
+        work = Work(loaded, [], recipe, record, "cpu", lambda *_: None)
+        ordinary = np.arange(10, 40)
+        work.vocabulary = Vocabulary(ordinary, ordinary, mask=4)
+        learn, validation = learning_text(work)
+    assert any((batch == 4).any() for batch in [*learn, *validation]) == head
