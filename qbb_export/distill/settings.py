@@ -126,7 +126,12 @@ class ModelRecipe:
         """A budget for CPUs: about a hundredth of it, 82 thousand tokens of text and half a million tokens learnt."""
         text = replace(self.text, sequences=min(self.text.sequences, 320), length=256, validation=32)
         sweep = None if self.sweep is None else replace(self.sweep, sequences=64)
-        phases = (replace(d, steps=max(1, d.steps // 16), batch=min(8, d.batch)) for d in self.distill)
+        # Noise of n steps adds up like the square root of n, so a sixteenth of the steps can go four times as far each;
+        # at the full rate most latents would not even leave their cells.
+        phases = (
+            replace(d, steps=max(1, d.steps // 16), batch=min(8, d.batch), code_rate=d.code_rate * 4)
+            for d in self.distill
+        )
         return replace(self, text=text, sweep=sweep, distill=tuple(phases))
 
     def with_steps(self, steps: int) -> ModelRecipe:
