@@ -181,12 +181,14 @@ def start_need(matrices: Sequence[Matrix], seconds: float, model: int, *, cuda: 
 
 def _text_need(facts: ModelFacts, recipe: ModelRecipe, speeds: Speeds) -> Need:
     """Decoder: keys and values of a batch in 16 bits on a GPU, else 32, and room for the copy that grows (of a layer;
-    a GPU's allocator keeps about as much again), logits of one token each. Encoder: inputs are drawn, nothing runs.
+    a GPU's allocator keeps about as much again), logits of one token each. Encoder: inputs are drawn, nothing runs;
+    to find words that go together takes the table of embeddings (part of E) twice, on the host.
     """
     sequences, ids = recipe.text.sequences, ID * recipe.text.sequences * facts.length
     if not facts.decoder:
         drawn = ID * recipe.text.sequences * recipe.text.length
-        return Need("make inputs", facts.teacher, 2 * drawn, 0, 0, 1e-7 * drawn)
+        table = 2 * FLOAT * facts.elements
+        return Need("make inputs", facts.teacher, 2 * drawn + table, 0, 0, 1e-7 * drawn + 2e-4 * facts.vocabulary)
     batch, batches = facts.written_at_once, -(-sequences // facts.written_at_once)
     room = 2.0 if facts.cuda else 1.0 + 1.0 / facts.layers
     cache = round(room * batch * facts.length * facts.cached * (2 if facts.cuda else FLOAT))

@@ -55,6 +55,11 @@ def writes_text(model: nn.Module) -> bool:
     return bool(getattr(model, "can_generate", lambda: False)())
 
 
+def predicts_tokens(model: nn.Module) -> bool:
+    """Whether a transformers model has a head for tokens. Only such a model has met mask tokens often enough."""
+    return getattr(model, "get_output_embeddings", lambda: None)() is not None
+
+
 def run(model: nn.Module, ids: torch.Tensor, *, blocks: bool = False) -> Outputs:
     """Run a transformers model on token ids ``[batch, sequence]``."""
 

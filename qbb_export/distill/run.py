@@ -18,7 +18,8 @@ from torch import nn
 
 from qbb_export.distill import text as texts
 from qbb_export.distill.filter import most_different
-from qbb_export.distill.objective import vocabulary_size, writes_text
+from qbb_export.distill.inputs import make_inputs
+from qbb_export.distill.objective import predicts_tokens, vocabulary_size, writes_text
 from qbb_export.distill.ranks import ALONE, Ranks
 from qbb_export.distill.settings import DistillSettings, ModelRecipe
 from qbb_export.distill.student import Student, Target
@@ -101,8 +102,10 @@ class Work:
 
     def _float_model(self) -> str:
         """Digest of the model, the tokens it knows, and the kind of device."""
-        digest = hashlib.sha256(repr((torch.device(self.device).type, self.vocabulary.before)).encode())
-        digest.update(np.ascontiguousarray(self.vocabulary.ordinary).data)
+        known = self.vocabulary
+        digest = hashlib.sha256(repr((torch.device(self.device).type, known.before, known.after, known.mask)).encode())
+        for ids in (known.ordinary, known.words):
+            digest.update(repr(ids.shape).encode() + ids.tobytes())
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
@@ -207,7 +210,9 @@ def learning_text(work: Work) -> tuple[list[Tokens], list[Tokens]]:
     if not work.decoder:
         batch = max((d.batch for d in work.recipe.distill), default=8)
         context = texts.context_length(work.model, settings.length)
-        parts = texts.make_inputs(work.vocabulary, settings, context, batch * settings.length)
+        embeddings: Any = work.model.get_input_embeddings()  # type: ignore[operator]
+        known = work.vocabulary if predicts_tokens(work.model) else replace(work.vocabulary, mask=None)
+        parts = make_inputs(known, embeddings.weight, settings, context, batch * settings.length)
         if work.calibration is not None:
             parts += _calibration(work, context)
         share = max(1, len(parts) * settings.validation // settings.sequences)

@@ -66,7 +66,9 @@ class DistillSettings:
         steps: of the optimizer (Adam).
         batch: sequences a step.
         codes: train the codes too, through one latent weight per matrix; else scales and offsets alone.
-        scale_rate: peak learning rate of scales and offsets, relative to the root mean square of a group's weights.
+        scale_rate: peak learning rate of scales and offsets, relative to the mean distance of a group's neighbouring
+            levels at the start. With every basis levels come closer to each other; in this unit codes change equally
+            often, and do as much harm relative to what is there.
         code_rate: peak learning rate of the latent weights, in the same unit.
         betas: of Adam.
         warmup: share of the steps during which the rates rise; they fall along a cosine afterwards.
@@ -124,9 +126,10 @@ class ModelRecipe:
         """A budget for CPUs: about a hundredth of it, 82 thousand tokens of text and half a million tokens learnt."""
         text = replace(self.text, sequences=min(self.text.sequences, 320), length=256, validation=32)
         sweep = None if self.sweep is None else replace(self.sweep, sequences=64)
-        # Few steps cannot make good again what a high rate upsets at first.
+        # Noise of n steps adds up like the square root of n, so a sixteenth of the steps can go four times as far each;
+        # at the full rate most latents would not even leave their cells.
         phases = (
-            replace(d, steps=max(1, d.steps // 16), batch=min(8, d.batch), code_rate=d.code_rate / 8)
+            replace(d, steps=max(1, d.steps // 16), batch=min(8, d.batch), code_rate=d.code_rate * 4)
             for d in self.distill
         )
         return replace(self, text=text, sweep=sweep, distill=tuple(phases))

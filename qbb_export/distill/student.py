@@ -164,9 +164,10 @@ def nearest(latent: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor, t
 class BinaryBases(nn.Module):
     """The parametrization of one matrix.
 
-    All numbers are relative to ``unit``, the root mean square of each group of the float weight, so that one learning
-    rate fits every matrix of every model. What does not train is a parameter, too, for then it is spread over several
-    processes like everything else.
+    All numbers are relative to ``unit``, the mean distance of neighbouring levels of each group at the start, so that
+    one learning rate fits every matrix of every model and any number of bases: how far a latent weight has to go to
+    change its code, and what harm that does, both follow the distance of the levels. What does not train is a
+    parameter, too, for then it is spread over several processes like everything else.
 
     Args:
         state: codes, scales and offset to start from.
@@ -181,8 +182,7 @@ class BinaryBases(nn.Module):
         self.bases = state.scales.shape[-1]
         self.bypass = False  # give the float weight instead; with fixed codes only
         grouped = self._grouped(weight.float())
-        filled = self._grouped(torch.ones_like(weight[:1]))
-        unit = (grouped.square().sum(-1) / filled.sum(-1)).sqrt()
+        unit = 2.0 * state.scales.abs().sum(-1) / ((1 << self.bases) - 1)
         self.unit = nn.Parameter(torch.where(unit > 0, unit, torch.ones_like(unit)), requires_grad=False)
         self.scales = nn.Parameter(state.scales / self.unit.unsqueeze(-1))
         self.offset = None if state.offset is None else nn.Parameter(state.offset / self.unit)

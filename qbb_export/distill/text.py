@@ -1,4 +1,4 @@
-"""What the copy learns from: text that a decoder writes itself, or made-up inputs for an encoder. No data from outside.
+"""What the copy learns from: text that a decoder writes itself (for encoders see ``inputs``). No data from outside.
 
 Every batch has its own seed, so the text is the same whichever process makes which part of it.
 """
@@ -26,9 +26,6 @@ Progress = Callable[[int, int], None]
 # Bytes that the keys and values of one batch may take while it is written on a CPU; half the memory of a GPU.
 _CACHE_BYTES = 1 << 30
 _DEFAULT_CONTEXT = 1024
-# Sentences are short: lengths of an encoder's inputs, tokens between the special ones.
-_ENCODER_LENGTHS = (6, 10, 16, 24, 40, 64)
-_MASKED = 0.15
 
 
 @dataclass(frozen=True)
@@ -37,12 +34,15 @@ class Vocabulary:
 
     Args:
         ordinary: ids that stand for text, in the order of their numbers.
+        words: those that are two letters or more, as most words and parts of words are: no punctuation, no numbers, no
+            ``[unused7]``. All of them where fewer than half are (Chinese characters, say).
         before: special tokens in front of a text.
         after: special tokens behind it.
         mask: the id that stands for a hidden token, or None.
     """
 
     ordinary: Tokens
+    words: Tokens
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     mask: int | None = None
@@ -51,15 +51,19 @@ class Vocabulary:
     def of(tokenizer: Path | None, size: int) -> Vocabulary:
         """From a tokenizer.json; without one, all ids below ``size`` are ordinary."""
         if tokenizer is None:
-            return Vocabulary(np.arange(size))
+            return Vocabulary(np.arange(size), np.arange(size))
         encoder = open_tokenizer(tokenizer)
         added = json.loads(encoder.to_str()).get("added_tokens", [])
         special = {item["id"] for item in added if item.get("special")}
-        known = sorted(i for i in encoder.get_vocab(with_added_tokens=True).values() if i < size and i not in special)
+        found = sorted(i for i in encoder.get_vocab(with_added_tokens=True).values() if i < size and i not in special)
+        known = found or list(range(size))
+        pieces = [piece.strip().removeprefix("##") for piece in encoder.decode_batch([[i] for i in known])]
+        words = [i for i, piece in zip(known, pieces, strict=True) if len(piece) > 1 and piece.isalpha()]
         template = encoder.encode("a")
         inside = [i for i, mark in enumerate(template.special_tokens_mask) if not mark] or [len(template.ids)]
         return Vocabulary(
-            np.asarray(known or range(size), dtype=np.int64),
+            np.asarray(known, dtype=np.int64),
+            np.asarray(words if 2 * len(words) >= len(known) else known, dtype=np.int64),
             tuple(template.ids[: inside[0]]),
             tuple(template.ids[inside[-1] + 1 :]),
             next((i for i in map(encoder.token_to_id, ("[MASK]", "<mask>")) if i is not None), None),
@@ -155,45 +159,6 @@ def batch_count(model: nn.Module, settings: TextSettings) -> int:
 def precision(device: torch.device) -> torch.autocast:
     """bfloat16 products on a GPU, float32 elsewhere."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
-
-
-def make_inputs(vocabulary: Vocabulary, settings: TextSettings, context: int, tokens: int) -> list[Tokens]:
-    """Inputs for an encoder, as batches of equal length: random tokens between the special ones, some hidden.
-
-    Half of the sequences draw ids evenly; half by Zipf's law over the numbers of the ids, because vocabularies list
-    frequent pieces first. In half of each some tokens are replaced by the mask token, where there is one.
-
-    Args:
-        vocabulary: ids to draw from.
-        settings: as many tokens in all as it asks for.
-        context: longest input of the model.
-        tokens: of a batch, about.
-
-    Returns:
-        int64 arrays ``[sequences, length]``, lengths varying from batch to batch.
-    """
-    rng = np.random.default_rng(settings.seed)
-    ordinary = vocabulary.ordinary
-    zipf = 1.0 / (np.arange(len(ordinary)) + 10.0)
-    zipf /= zipf.sum()
-    around = len(vocabulary.before) + len(vocabulary.after)
-    lengths = [n for n in _ENCODER_LENGTHS if n + around <= context] or [max(1, context - around)]
-    batches, left = [], settings.sequences * settings.length
-    while left > 0:
-        length = int(rng.choice(lengths))
-        count = max(1, min(left, tokens) // (length + around))
-        even = rng.choice(ordinary, size=(count, length))
-        frequent = rng.choice(ordinary, size=(count, length), p=zipf)
-        row = np.arange(count)[:, None]
-        ids = np.where(row % 2 == 0, even, frequent)
-        if vocabulary.mask is not None:
-            hidden = (rng.random(ids.shape) < _MASKED) & (row // 2 % 2 == 1)
-            ids = np.where(hidden, vocabulary.mask, ids)
-        before = np.tile(np.asarray(vocabulary.before, dtype=np.int64), (count, 1))
-        after = np.tile(np.asarray(vocabulary.after, dtype=np.int64), (count, 1))
-        batches.append(np.concatenate([before, ids, after], axis=1).astype(np.int64))
-        left -= batches[-1].size
-    return batches
 
 
 def read_sequences(file: Path, tokenizer: Path | None, length: int) -> Tokens:

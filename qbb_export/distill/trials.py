@@ -24,7 +24,7 @@ from qbb_export.quantize import quantize
 _WRITTEN: Final = 4  # tokens in a trial of writing
 _COLUMNS: Final = 32  # in a trial of the sweep
 _PRODUCT: Final = 512  # size of a matrix product
-_LONGEST_INPUT: Final = 66  # of an encoder: see ``text.make_inputs``
+_LONGEST_INPUT: Final = 66  # of an encoder: see ``inputs.LENGTHS``
 
 
 class _StandIn(nn.Module):

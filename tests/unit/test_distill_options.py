@@ -49,6 +49,8 @@ def test_budgets_and_steps() -> None:
     reduced = LearningOptions().apply("best", "cpu")
     assert reduced == LearningOptions(budget="reduced").apply("best", "cuda") == best.reduced() != best
     assert sum(d.steps for d in reduced.distill) < 0.1 * sum(d.steps for d in best.distill)
+    for short, full in zip(reduced.distill, best.distill, strict=True):  # the noise of all steps stays the same
+        assert short.code_rate**2 * short.steps == pytest.approx(full.code_rate**2 * full.steps, rel=1 / short.steps)
     assert LearningOptions(steps=0).apply("best", "cuda").distill == ()
     for steps in (len(best.distill), 50, 10_000):
         phases = LearningOptions(steps=steps).apply("best", "cuda").distill

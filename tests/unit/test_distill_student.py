@@ -100,6 +100,20 @@ def test_it_begins_as_what_is_stored(
 
 
 @CASES
+def test_the_unit_of_the_rates_is_the_mean_distance_of_neighbouring_levels(bases: int, K: int, offset: bool) -> None:
+    weight = matrix(6, K)
+    state = to_codes(quantize(weight, settings(bases, offset)), "cpu")
+    state.scales[2, 0, 0] *= -1  # names the same levels
+    form = BinaryBases(state, weight, transposed=False, train_codes=True)
+    values = levels_of(state.scales, state.offset).sort(-1).values
+    wanted = values.double().diff(dim=-1).mean(-1)
+    assert wanted[0, 0] == 0  # a group of zeros
+    wanted[0, 0] = 1
+    slack = 8 * EPS * values.abs().amax(-1)  # rounding of the levels and of the sum of up to eight scales
+    assert bool(((form.unit - wanted).abs() <= slack).all())
+
+
+@CASES
 def test_latents_are_the_float_weights_where_these_lie_well_inside_their_cells(
     bases: int, K: int, offset: bool
 ) -> None:

@@ -14,7 +14,7 @@ from torch import nn  # noqa: E402
 
 from qbb_export.distill import text as texts  # noqa: E402
 from qbb_export.distill.settings import TextSettings  # noqa: E402
-from qbb_export.distill.text import Vocabulary, make_inputs, read_sequences, write_text  # noqa: E402
+from qbb_export.distill.text import Vocabulary, read_sequences, write_text  # noqa: E402
 from qbb_export.errors import QbbError  # noqa: E402
 from qbb_export.load import load_torch  # noqa: E402
 from qbb_export.source import LoadOptions  # noqa: E402
@@ -69,15 +69,52 @@ def test_ids_as_the_tokenizer_tells_them(
     assert (known.before, known.after, known.mask) == wanted
 
 
+@pytest.mark.parametrize(
+    ("kind", "words", "others"),
+    [
+        ("WordPiece", ["the", "##ing", "Straße"], ["[unused1]", "a", "##s", "##,", "1997"]),
+        ("byte-level BPE", ["the", "Ġthe", "ing"], ["Ġ", "a", "Ġa", "Ġ,", "Ġ19", "Ã"]),
+        ("SentencePiece", ["▁the", "ing", "▁слово"], ["▁", "▁a", "▁,", "▁19"]),
+    ],
+)
+def test_words_in_the_vocabularies_of_several_tokenizers(
+    tmp_path: Path, kind: str, words: list[str], others: list[str]
+) -> None:
+    from tokenizers import Tokenizer, decoders, models
+
+    vocabulary = {piece: i for i, piece in enumerate(["[UNK]", *others, *words, *(f"x{c}x" for c in "abcdef")])}
+    made = {
+        "WordPiece": lambda: Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]")),
+        "byte-level BPE": lambda: Tokenizer(models.BPE(vocabulary, [])),
+        "SentencePiece": lambda: Tokenizer(models.Unigram([(piece, -1.0) for piece in vocabulary], 0)),
+    }[kind]()
+    made.decoder = {
+        "WordPiece": decoders.WordPiece(),
+        "byte-level BPE": decoders.ByteLevel(),
+        "SentencePiece": decoders.Metaspace(),
+    }[kind]
+    made.add_special_tokens(["[UNK]"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    known = Vocabulary.of(tmp_path / "tokenizer.json", len(vocabulary))
+    assert known.ordinary.tolist() == list(range(1, len(vocabulary)))
+    assert known.words.tolist() == list(range(1 + len(others), len(vocabulary)))
+
+
+def test_where_few_pieces_are_words_all_ids_are_taken(tmp_path: Path) -> None:
+    known = Vocabulary.of(tokenizer(tmp_path), 5 + len(WORDS))  # single letters
+    assert np.array_equal(known.words, known.ordinary)
+
+
 def test_without_a_tokenizer_all_ids_are_ordinary(tmp_path: Path) -> None:
-    assert Vocabulary.of(None, 7).ordinary.tolist() == list(range(7))
+    known = Vocabulary.of(None, 7)
+    assert known.ordinary.tolist() == known.words.tolist() == list(range(7))
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(QbbError, match="cannot read the tokenizer"):
         Vocabulary.of(tmp_path / "tokenizer.json", 7)
 
 
 def test_the_text_does_not_depend_on_who_writes_which_part(writer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings, known = TextSettings(sequences=10, length=12), Vocabulary(np.arange(5, SIZE), before=(1, 2))
+    settings, known = TextSettings(sequences=10, length=12), Vocabulary(*2 * [np.arange(5, SIZE)], before=(1, 2))
     each = 2 * 2 * 12 * 64 * 2 // 4 * 4  # keys and values of a sequence: layers, length, width, heads, bytes
     monkeypatch.setattr(texts, "_CACHE_BYTES", 2 * each * 3)
     assert (texts.batch_size(writer, settings), texts.batch_count(writer, settings)) == (3, 4)
@@ -98,7 +135,7 @@ def test_the_text_does_not_depend_on_who_writes_which_part(writer: nn.Module, mo
 
 
 def test_first_tokens_are_drawn_evenly_and_the_rest_by_the_model(writer: nn.Module) -> None:
-    known = Vocabulary(np.array([7, 50, 90]))
+    known = Vocabulary(*2 * [np.array([7, 50, 90])])
     settings = TextSettings(sequences=300, length=2)
     first, second = write_text(writer, known, settings).T
     counts = np.array([(first == token).sum() for token in known.ordinary])
@@ -117,34 +154,6 @@ def test_first_tokens_are_drawn_evenly_and_the_rest_by_the_model(writer: nn.Modu
 def test_no_sequence_is_longer_than_the_model_can_take(writer: nn.Module) -> None:
     assert texts.context_length(writer, 512) == 64 and texts.context_length(writer, 10) == 10
     assert write_text(writer, Vocabulary.of(None, SIZE), TextSettings(sequences=2)).shape == (2, 64)
-
-
-@pytest.mark.parametrize("context", [64, 20, 5])
-@pytest.mark.parametrize("mask", [None, 4])
-def test_inputs_made_up_for_an_encoder(context: int, mask: int | None) -> None:
-    known = Vocabulary(np.arange(10, 1000), before=(2,), after=(3, 3), mask=mask)
-    settings = TextSettings(sequences=64, length=64)
-    batches = make_inputs(known, settings, context, 512)
-    total = sum(batch.size for batch in batches)
-    assert 4096 <= total < 4096 + 512
-    lengths = {batch.shape[1] for batch in batches}
-    assert max(lengths) <= context and (len(lengths) > 1) == (context > 10)
-    inner = []
-    for batch in batches:
-        assert batch.dtype == np.int64 and batch.size <= 512
-        assert (batch[:, 0] == 2).all() and (batch[:, -2:] == 3).all()
-        inner.append(batch[:, 1:-2])
-    ids = np.concatenate([part.ravel() for part in inner])
-    hidden = ids == 4
-    assert set(ids[~hidden]) <= set(known.ordinary)
-    assert hidden.any() == (mask is not None)
-    masked = np.concatenate([(part == 4).any(1) for part in inner])
-    assert not masked[[0, 1]].any() and masked.mean() < 0.55  # in half of them at most
-    even = np.concatenate([part[::2].ravel() for part in inner])
-    frequent = np.concatenate([part[1::2].ravel() for part in inner])
-    assert np.median(even[even != 4]) > 400 and np.median(frequent[frequent != 4]) < 300
-    again = make_inputs(known, settings, context, 512)
-    assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
 
 
 def test_a_text_file_in_sequences(tmp_path: Path) -> None:
