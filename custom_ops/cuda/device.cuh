@@ -9,6 +9,8 @@
 
 namespace qbb::cuda {
 
+constexpr float kSmallest = 1e-30f;  // inputs below it count as 0: the reciprocal of the step has to be finite
+
 __device__ __forceinline__ float load_x(const Rows& rows, int64_t i) {
   switch (rows.type) {
     case kFloat16: return __half2float(static_cast<const __half*>(rows.x)[i]);

@@ -9,6 +9,7 @@ namespace qbb::cuda {
 
 enum class Path {
   kDecode,   // bit planes of X, few rows of it at a time
+  kBytes,    // bits made bytes, X of 16 bits, up to 16 rows of it at a time
   kBatch,    // weights made float16, for up to 32 rows of X at a time
   kPrompt,   // the same for 128 or 256 rows of X, with Hopper's warpgroup products
   kGeneral,  // any matrix, a row of X at a time
@@ -39,6 +40,8 @@ constexpr Rule kHalfRules[] = {
     {80, kAnyArch, true, 1, Path::kDecode, 1},
     {80, kAnyArch, true, 2, Path::kDecode, 2},
     {80, kAnyArch, true, 4, Path::kDecode, 4},
+    {80, kAnyArch, false, 16, Path::kBytes, 0},
+    {80, kAnyArch, true, 16, Path::kBytes, 0},
     {75, kAnyArch, false, 96, Path::kBatch, 0},
     {75, kAnyArch, true, 96, Path::kBatch, 0},
     {90, kWarpgroupArch, false, kAnyRows, Path::kPrompt, 0},
@@ -51,10 +54,11 @@ constexpr Rule kHalfRules[] = {
 constexpr Rule kFloatRules[] = {
     {80, kAnyArch, false, 1, Path::kDecode, 1},
     {80, kAnyArch, false, 2, Path::kDecode, 2},
-    {80, kAnyArch, false, kAnyRows, Path::kDecode, 4},
+    {80, kAnyArch, false, kAnyRows, Path::kBytes, 0},
     {80, kAnyArch, true, 1, Path::kDecode, 1},
     {80, kAnyArch, true, 2, Path::kDecode, 2},
-    {80, kAnyArch, true, kAnyRows, Path::kDecode, 4},
+    {80, kAnyArch, true, 4, Path::kDecode, 4},
+    {80, kAnyArch, true, kAnyRows, Path::kBytes, 0},
     {75, kAnyArch, false, kAnyRows, Path::kGeneral, 1},
     {75, kAnyArch, true, kAnyRows, Path::kGeneral, 1},
 };

@@ -1,6 +1,7 @@
 #include "cuda/launch.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/batch.cuh"
 #include "cuda/decode.cuh"
@@ -18,9 +19,12 @@ Kernel decode_kernel(int bits, int step) {
   return step == 1 ? decode<kBases, 16, 1> : step == 2 ? decode<kBases, 16, 2> : decode<kBases, 16, 4>;
 }
 
-template <int kBases, bool kBrain>
+template <class How, int kBases>
 Kernel batch_kernel(int columns) {
-  return columns == 1 ? batch<kBases, 1, kBrain> : columns == 2 ? batch<kBases, 2, kBrain> : batch<kBases, 4, kBrain>;
+  if (columns == 1) return batch<How, kBases, 1>;
+  if (columns == 2) return batch<How, kBases, 2>;
+  if constexpr (std::is_same_v<How, Bytes>) return nullptr;  // too many registers
+  return batch<How, kBases, 4>;
 }
 
 Kernel decode_kernel(int bases, int bits, int step) {
@@ -32,12 +36,13 @@ Kernel decode_kernel(int bases, int bits, int step) {
   }
 }
 
-Kernel batch_kernel(int bases, bool brain, int columns) {
+template <class How>
+Kernel batch_kernel(int bases, int columns) {
   switch (bases) {
-    case 1: return brain ? batch_kernel<1, true>(columns) : batch_kernel<1, false>(columns);
-    case 2: return brain ? batch_kernel<2, true>(columns) : batch_kernel<2, false>(columns);
-    case 3: return brain ? batch_kernel<3, true>(columns) : batch_kernel<3, false>(columns);
-    default: return brain ? batch_kernel<4, true>(columns) : batch_kernel<4, false>(columns);
+    case 1: return batch_kernel<How, 1>(columns);
+    case 2: return batch_kernel<How, 2>(columns);
+    case 3: return batch_kernel<How, 3>(columns);
+    default: return batch_kernel<How, 4>(columns);
   }
 }
 
@@ -108,8 +113,9 @@ cudaError_t reserve(const Weights& w, const Device& device) {
       const cudaError_t status = allow(decode_kernel(w.bases, bits, step), static_cast<size_t>(device.shared_memory));
       if (status != cudaSuccess) return status;
     }
-    for (const bool brain : {false, true}) {
-      const cudaError_t status = allow(batch_kernel(w.bases, brain, step), kBatchMemory);
+    for (const Kernel kernel : {batch_kernel<Bytes>(w.bases, step), batch_kernel<Halves<false>>(w.bases, step),
+                                batch_kernel<Halves<true>>(w.bases, step)}) {
+      const cudaError_t status = kernel == nullptr ? cudaSuccess : allow(kernel, kBatchMemory);
       if (status != cudaSuccess) return status;
     }
   }
@@ -124,7 +130,7 @@ cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, 
   const int tiles = w.tiles;
   constexpr int64_t kGridRows = 32768;  // of blocks, at most
   int64_t step = rule.step;
-  if (rule.path == Path::kBatch || rule.path == Path::kPrompt) step = kGridRows * kColumn;
+  if (rule.path != Path::kDecode && rule.path != Path::kGeneral) step = kGridRows * kColumn;
   if (rule.path == Path::kGeneral) step = kGridRows;
   for (int64_t row = 0; row < M; row += step) {
     const int64_t count = std::min(M - row, step);
@@ -134,12 +140,15 @@ cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, 
       const int bits = integer ? 8 : 16;
       status = start(decode_kernel(w.bases, bits, rule.step), dim3(std::min(tiles, device.multiprocessors)),
                      kDecodeWarps * 32, decode_memory(w.words, bits, rule.step), w, part, device, stream);
-    } else if (rule.path == Path::kBatch) {
-      const int columns = count <= kColumn ? 1 : count <= 2 * kColumn ? 2 : 4;
+    } else if (rule.path == Path::kBatch || rule.path == Path::kBytes) {
+      const bool bytes = rule.path == Path::kBytes;
+      const int columns = count <= kColumn ? 1 : count <= 2 * kColumn || bytes ? 2 : 4;
+      const Kernel kernel = bytes                      ? batch_kernel<Bytes>(w.bases, columns)
+                            : rows.type == kBFloat16 ? batch_kernel<Halves<true>>(w.bases, columns)
+                                                       : batch_kernel<Halves<false>>(w.bases, columns);
       const int64_t blocks = (count + columns * kColumn - 1) / (columns * kColumn);
-      status = start(batch_kernel(w.bases, rows.type == kBFloat16, columns),
-                     dim3(std::min(tiles, 2 * device.multiprocessors), static_cast<unsigned>(blocks)), kBatchWarps * 32,
-                     kBatchMemory, w, part, device, stream);
+      status = start(kernel, dim3(std::min(tiles, 2 * device.multiprocessors), static_cast<unsigned>(blocks)),
+                     kBatchWarps * 32, kBatchMemory, w, part, device, stream);
     } else if (rule.path == Path::kPrompt) {
       const int tokens = count <= 128 ? 128 : 256;
       const dim3 grid((tiles + kPromptTiles - 1) / kPromptTiles, static_cast<unsigned>((count + tokens - 1) / tokens));

@@ -11,8 +11,6 @@
 
 namespace qbb::cuda {
 
-constexpr float kSmallest = 1e-30f;  // inputs below it count as 0: the reciprocal of the step has to be finite
-
 // One lane's part of 128 inputs: input `input_of_bit(lane)` of each of the four words.
 struct Inputs {
   float v[kChunkWords];

@@ -5,7 +5,7 @@
 // order of levels.cuh, a few chunks ahead. Making the weights of a chunk overlaps with the products of the one before.
 #pragma once
 
-#include "cuda/batch.cuh"
+#include "cuda/halves.cuh"
 #include "cuda/warpgroup.cuh"
 
 namespace qbb::cuda {

@@ -18,7 +18,7 @@ from tests.kernels.layers import Layer, make_layer, with_garbage
 ROOT = Path(__file__).parents[2]
 CXX = shutil.which("g++") or shutil.which("clang++")
 HEADERS = next((p for p in Path("/usr/local").glob("cuda*/include") if (p / "cuda_fp16.h").is_file()), None)
-DECODE, BATCH, PROMPT, GENERAL = range(4)
+DECODE, BATCH, PROMPT, GENERAL, BYTES = range(5)
 FLOAT32, FLOAT16, BFLOAT16 = 1, 10, 16
 
 
@@ -124,6 +124,18 @@ def test_batch(library: ctypes.CDLL, bases: int) -> None:
         x = inputs(rng, int(rng.integers(1, 10 * columns)), K)
         for kind in (FLOAT16, BFLOAT16):
             run(library, with_garbage(rng, layer), x, kind, BATCH, columns, blocks=int(rng.integers(1, 4)))
+
+
+@pytest.mark.parametrize("bases", [1, 2, 3, 4])
+def test_bytes(library: ctypes.CDLL, bases: int) -> None:
+    rng = np.random.default_rng(bases)
+    for (K, N, group), columns in itertools.product(
+        ((128, 16, 128), (301, 40, 301), (1160, 33, 256), (4480, 150, 128)), (1, 2)
+    ):
+        layer = make_layer(rng, K, N, bases, group, dtype=np.float16, offset=bool(rng.integers(2)))
+        x = inputs(rng, int(rng.integers(1, 10 * columns)), K)
+        for kind in (FLOAT32, FLOAT16, BFLOAT16):
+            run(library, with_garbage(rng, layer), x, kind, BYTES, columns, blocks=int(rng.integers(1, 4)))
 
 
 @pytest.mark.parametrize("bases", [1, 2, 3, 4])

@@ -18,15 +18,17 @@ Kernel decode_of(int bits, int step) {
   return step == 1 ? decode<kBases, 16, 1> : step == 2 ? decode<kBases, 16, 2> : decode<kBases, 16, 4>;
 }
 
-template <int kBases>
-Kernel batch_of(bool brain, int columns) {
-  if (brain) return columns == 1 ? batch<kBases, 1, true> : columns == 2 ? batch<kBases, 2, true> : batch<kBases, 4, true>;
-  return columns == 1 ? batch<kBases, 1, false> : columns == 2 ? batch<kBases, 2, false> : batch<kBases, 4, false>;
+template <class How, int kBases>
+Kernel batch_of(int columns) {
+  if (columns == 4) {
+    if constexpr (!std::is_same_v<How, Bytes>) return batch<How, kBases, 4>;
+  }
+  return columns == 1 ? batch<How, kBases, 1> : batch<How, kBases, 2>;
 }
 
 }  // namespace
 
-// path: 0 decode (option: 100 * bits + rows), 1 batch (option: columns), 2 prompt (option: rows), 3 general.
+// path: 0 decode (option: 100 * bits + rows), 1 batch (option: columns), 2 prompt (option: rows), 3 general, 4 bytes (columns).
 // Returns 0, 1 if threads wait for each other for ever, 2 for an unknown kernel.
 extern "C" int run_on_cpu(int path, int option, int blocks, const Weights* w, const Rows* rows) {
   Kernel kernel = nullptr;
@@ -36,7 +38,8 @@ extern "C" int run_on_cpu(int path, int option, int blocks, const Weights* w, co
   const auto pick = [&](auto bases) {
     constexpr int kBases = decltype(bases)::value;
     if (path == 0) kernel = decode_of<kBases>(option / 100, option % 100);
-    if (path == 1) kernel = batch_of<kBases>(rows->type == kBFloat16, option);
+    if (path == 1) kernel = rows->type == kBFloat16 ? batch_of<Halves<true>, kBases>(option) : batch_of<Halves<false>, kBases>(option);
+    if (path == 4) kernel = batch_of<Bytes, kBases>(option);
     if (path == 2) kernel = option == 128 ? prompt<kBases, 128> : prompt<kBases, 256>;
   };
   switch (w->bases) {
@@ -49,7 +52,7 @@ extern "C" int run_on_cpu(int path, int option, int blocks, const Weights* w, co
   if (path == 0) {
     threads = kDecodeWarps * 32;
     memory = decode_memory(w->words, option / 100, option % 100);
-  } else if (path == 1) {
+  } else if (path == 1 || path == 4) {
     threads = kBatchWarps * 32;
     memory = kBatchMemory;
     grid.y = static_cast<unsigned>((rows->M + option * kColumn - 1) / (option * kColumn));
