@@ -138,7 +138,7 @@ qbb_cuda_kernel::qbb_cuda_kernel(const qbb_matrix& m, int32_t mode, const char* 
   device = device_of(m.planes.data, arch);
   const Current current(device.number);
   const bool rows = s.layout == QBB_LAYOUT_ROWS, half = m.scales.dtype == QBB_FLOAT16;
-  const bool one_offset = m.offset.dims[0] == 1 && m.offset.dims[1] == 1;
+  const bool one_offset = m.offset.rank == 2 && m.offset.dims[0] == 1 && m.offset.dims[1] == 1;
   weights.K = static_cast<int>(s.K);
   weights.N = static_cast<int>(s.N);
   weights.bases = static_cast<int>(s.bases);
