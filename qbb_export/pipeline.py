@@ -11,11 +11,10 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qbb_export import artifact, verification
-from qbb_export.capture import capture
+from qbb_export import verification
+from qbb_export.destination import FolderOptions, destination
 from qbb_export.distill.settings import MODEL_RECIPES, LearningOptions
 from qbb_export.errors import QbbError
-from qbb_export.files import write_whole
 from qbb_export.format import LAYOUT_TILED, Spec, bits_per_weight, mode_number, to_layout
 from qbb_export.learning import check_can_learn, default_recipe, learn
 from qbb_export.passes.binarize import BinarizeLinears, PackedLayer
@@ -56,6 +55,7 @@ class ExportOptions:
         mode: name in ``format.MODES``: what kernels may do to activations.
         device: ``"cpu"``, or a PyTorch device such as ``"cuda"`` to quantise and learn on.
         learning: for recipes that learn from the model's own text.
+        folder: for an output that is a folder.
         record: folder of the per-layer results; default: ``OUTPUT`` with the suffix ``.qbb``.
         force: replace an existing output.
         verify: open the written file and compare.
@@ -70,6 +70,7 @@ class ExportOptions:
     mode: str = "exact"
     device: str = "cpu"
     learning: LearningOptions = field(default_factory=LearningOptions)
+    folder: FolderOptions = field(default_factory=FolderOptions)
     record: Path | None = None
     force: bool = False
     verify: bool = True
@@ -96,7 +97,7 @@ class ExportReport:
     """What :func:`export` did.
 
     Attributes:
-        output: the written .onnx file.
+        output: the written .onnx file or folder.
         file_bytes: graph and data together.
         float_bytes: what the quantised matrices would take as float32.
         packed_bytes: what they take now.
@@ -127,7 +128,7 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
 
     Args:
         source: MODEL; see ``capture``.
-        output: ends in ``.onnx``.
+        output: a path that ends in ``.onnx``, or a folder to make for a decoder; see ``destination``.
         options: what to make of it.
         progress: told what is going on.
 
@@ -142,10 +143,11 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
 
     mode = mode_number(options.mode)
     first = os.environ.get("RANK", "0") == "0"  # of several processes one writes; see distill.ranks
+    place = destination(output, options.folder)
     if first:
-        artifact.check_writable(output, force=options.force)
+        place.check(force=options.force)
     tell("reading the model", 0, 1)
-    model, torch_model = capture(source, options.load)
+    model, torch_model = place.open(source, options.load)
     tell("reading the model", 1, 1)
     prepare_passes()(model)
     VerifyBinaryBasis()(model)  # what would be refused at the end is refused before the work
@@ -161,7 +163,7 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
         owners = None if torch_model is None else parameter_owners(torch_model)
         chosen = select_layers(model, linears, rejected, options.selection, options.settings, owners)
         linears = [linear for linear in linears if linear.name in chosen]
-        record_path = options.record or output.with_suffix(".qbb")
+        record_path = options.record or place.record
         if recipe in RECIPES:
             options.learning.refuse(recipe)
             with Record.open(record_path, recipe=recipe, settings=options.settings) as record:
@@ -186,13 +188,13 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
     VerifyBinaryBasis()(model)
     comparisons: list[Comparison] = []
     feeds, float_outputs = _float_outputs(model, source, torch_model) if options.verify else (None, None)
-    file_bytes = artifact.save(model, output, on_tensor=lambda done, total: tell("writing", done, total))
-    _write_tokenizer(torch_model, output)
+    file_bytes = place.write(model, torch_model, lambda done, total: tell("writing", done, total))
     if options.verify:
         tell("verifying", 0, 1)
         student = _student(torch_model, linears, record)
-        comparisons = _verify(model, output, student, feeds, float_outputs, options.mode)
+        comparisons = _verify(model, place.file, student, feeds, float_outputs, options.mode)
         tell("verifying", 1, 1)
+    place.commit()
     packed = sum(r.bits_per_weight * r.spec.K * r.spec.N / 8 for r in layers.values())
     return ExportReport(
         output=output,
@@ -273,17 +275,6 @@ def _packed(report: LayerReport, initializers: Callable[[str], tuple[Array, ...]
     )
 
 
-def _write_tokenizer(loaded: TorchModel | None, output: Path) -> None:
-    """Keep the tokenizer beside the model, so that ``qbb eval`` needs nothing else."""
-    if loaded is None or loaded.tokenizer is None:
-        return
-    path = output.with_suffix(".tokenizer.json")
-    try:
-        write_whole(path, loaded.tokenizer.read_bytes())
-    except OSError as error:
-        raise QbbError("cannot write the tokenizer", where=path, got=error) from error
-
-
 def _float_outputs(model: ir.Model, source: str, loaded: TorchModel | None) -> tuple[Arrays | None, Arrays | None]:
     """Inputs to compare on, and what the float model makes of them.
 
@@ -293,7 +284,7 @@ def _float_outputs(model: ir.Model, source: str, loaded: TorchModel | None) -> t
     if loaded is not None:
         from qbb_export.module import run_module
 
-        names = [value.name or "" for value in model.graph.outputs]
+        names = verification.results_of(model)
         feeds = verification.sample_inputs(loaded.inputs or verification.graph_inputs(model), loaded.tokenizer)
         return feeds, run_module(loaded.module, feeds, names, by_name=loaded.program is None)
     feeds = verification.sample_inputs(verification.graph_inputs(model), None)

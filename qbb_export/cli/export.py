@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``qbb-export`` and ``qbb export``."""
     add = parser.add_argument
     add("source", metavar="MODEL", help="Hugging Face folder or hub id, .onnx, .safetensors, .pt, .pt2")
-    add("-o", "--output", type=Path, required=True, metavar="FILE.onnx", help="where to write")
+    add("-o", "--output", type=Path, required=True, metavar="FILE.onnx|DIR", help="where to write; a DIR can generate")
     add("--force", action="store_true", help="replace an existing output")
     add("--no-verify", action="store_true", help="do not open and compare the written file")
     add("--record", type=Path, metavar="DIR", help="per-layer results, for resuming (default: FILE.qbb)")
@@ -72,6 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="exact",
         help="activations: as they are, or rounded per group to 8 or 16 bits: faster on CPUs (default: exact)",
     )
+    folder = parser.add_argument_group("a folder for onnxruntime-genai (-o DIR, decoders only)")
+    folder.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="of activations and cache (default: float32)"
+    )
+    folder.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="where it will run (default: cpu)")
+    folder.add_argument("--portable", action="store_true", help="without our library: any machine, slower")
     parser.add_argument("--layout", choices=("tiled", "rows"), default="tiled", help="order of the packed words")
     parser.add_argument("--no-fuse", action="store_true", help="keep layers apart that share their input (q, k, v)")
     parser.set_defaults(run=run)
@@ -79,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Export and print the report; returns the exit code."""
+    from qbb_export.destination import FolderOptions
     from qbb_export.distill.settings import LearningOptions
     from qbb_export.format import LAYOUT_ROWS, LAYOUT_TILED
     from qbb_export.pipeline import ExportOptions, export
@@ -102,6 +109,7 @@ def run(options: argparse.Namespace) -> int:
         fuse=not options.no_fuse,
         device=options.device or default_device(options.source),
         learning=LearningOptions(options.budget, options.steps, options.calibration, options.start),
+        folder=FolderOptions(options.dtype, options.provider, options.portable),
         record=options.record,
         force=options.force,
         verify=not options.no_verify,
