@@ -68,7 +68,7 @@ class Decoder:
                 binding.bind_output(PRESENT + name.removeprefix(PAST), *place)
             binding.bind_output("logits", "cpu")
             self._session.run_with_iobinding(binding)
-            logits: Array = binding.copy_outputs_to_cpu()[-1]
+            logits: Array = binding.get_outputs()[-1].numpy()
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise QbbError(f"ONNX Runtime cannot run {ids.shape[1]} tokens", where="decoder", got=error) from error
         self.tokens = total

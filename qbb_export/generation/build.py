@@ -22,6 +22,7 @@ from typing import Any, Final
 import onnx_ir as ir
 
 from qbb_export.errors import QbbError
+from qbb_export.generation.adapt import adapt_config
 from qbb_export.generation.tie import Slice, tie_weights
 from qbb_export.passes.standard_norms import StandardNorms
 from qbb_export.source import LoadOptions, TorchModel
@@ -116,11 +117,12 @@ def _run_builder(builder: Any, place: str, folder: Path, dtype: str, provider: s
     arguments = ("" if is_folder else place, place if is_folder else "", str(folder), _PRECISIONS[dtype])
     # The builder's choice of operators: float16 means a GPU to it.
     operators = "cuda" if dtype == "float16" else provider
-    options = ("fuse_qkv=false", "fuse_mlp_gate_up=false", "fuse_qk_norm_gqa=false", "hf_token=false")
+    options = ("fuse_qkv=false", "fuse_mlp_gate_up=false", "fuse_qk_norm_gqa=false", "windowed_kv_cache=false")
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             extra = builder.parse_extra_options(*arguments, operators, str(folder / "cache"), list(options))
+            adapt_config(extra["hf_details"]["hf_config"])
             builder.create_model(*arguments, operators, str(folder / "cache"), **extra)
     except QbbError:
         raise
