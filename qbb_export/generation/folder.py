@@ -131,3 +131,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         if name is not None and not (folder / str(name)).is_file():
             raise QbbError("folder is half-written", where=folder, expected=f"{name} in it")
     return config
+
+
+def onnx_file(source: str | Path) -> Path | None:
+    """The graph of MODEL where it is an ``.onnx`` file or a folder that we wrote; None for any other.
+
+    Raises:
+        QbbError: the folder is not complete.
+    """
+    path = Path(source)
+    if path.suffix == ".onnx":
+        return path
+    if (path / CONFIG).is_file() or (path / MODEL).is_file():
+        return path / str(read_config(path)["model"]["decoder"]["filename"])
+    return None
