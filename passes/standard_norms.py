@@ -8,7 +8,7 @@ _OLD, _NEW, _OPSET = "SimplifiedLayerNormalization", "RMSNormalization", 23
 
 
 class StandardNorms(ir.passes.InPlacePass):
-    """``SimplifiedLayerNormalization`` of the standard domain becomes ``RMSNormalization``; same attributes, same results.
+    """``SimplifiedLayerNormalization`` of the standard domain becomes ``RMSNormalization``, with the same results.
 
     *Why:* the old name is in no version of ONNX, so ONNX's checker, and with it our gate, refuses the file.
 

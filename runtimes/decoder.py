@@ -22,7 +22,7 @@ _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def empty_cache(session: InferenceSession, batch: int, length: int = 0) -> dict[str, Array]:
-    """The inputs ``past_key_values.*`` of a decoder, zeros ``[batch, heads, length, head_size]``; none for a graph without."""
+    """Inputs ``past_key_values.*`` of a decoder, zeros ``[batch, heads, length, head_size]``; none without one."""
     return {
         value.name: np.zeros((batch, value.shape[1], length, value.shape[3]), _TYPES[value.type])
         for value in session.get_inputs()

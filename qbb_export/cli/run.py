@@ -34,9 +34,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.threads is not None and options.threads < 1:
         raise QbbError("too few threads", where="--threads", expected=">= 1", got=options.threads)
-    sampling = Sampling(
-        options.temperature, options.top_k, options.top_p, options.repetition_penalty, options.seed
-    )
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty, options.seed)
     how = RunOptions(options.max_tokens, sampling, options.runtime, options.mode, options.threads)
     times = Times()
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt

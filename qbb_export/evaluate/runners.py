@@ -189,7 +189,9 @@ def open_runner(
         # Of several models those without a cache run whole windows.
         return OnnxRunner(path, library=library, mode=mode, chunk=None if path == Path(source) else chunk)
     if Path(source).is_file():
-        raise QbbError("cannot be evaluated", where=source, expected="an .onnx file, or a Hugging Face folder or hub id")
+        raise QbbError(
+            "cannot be evaluated", where=source, expected="an .onnx file, or a Hugging Face folder or hub id"
+        )
     try:
         from qbb_export.evaluate.torch_runner import TorchRunner
     except ImportError:

@@ -1,10 +1,10 @@
 """The folder of a language model: written whole or not at all, and checked before it is used.
 
-    DIR/
-        model.onnx, model.<SHA-256>.data   graph and weights
-        genai_config.json                  how onnxruntime-genai runs it
-        tokenizer.json, …                  as the model has them
-        libqbb_ops.so                      the operator library; absent in a portable folder
+DIR/
+model.onnx, model.<SHA-256>.data   graph and weights
+genai_config.json                  how onnxruntime-genai runs it
+tokenizer.json, …                  as the model has them
+libqbb_ops.so                      the operator library; absent in a portable folder
 """
 
 from __future__ import annotations

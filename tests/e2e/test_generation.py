@@ -80,7 +80,7 @@ def genai_greedy(folder: Path, prompt: list[int], length: int) -> list[int]:
 
 
 def is_greedy(module: torch.nn.Module, prompt: list[int], tokens: list[int]) -> bool:
-    """Whether PyTorch, shown all tokens at once, finds each one behind the prompt the most likely after those before."""
+    """Whether PyTorch, shown all tokens at once, finds each one behind the prompt the most likely there."""
     with torch.no_grad():
         best = module(input_ids=torch.tensor([tokens])).logits[0].argmax(dim=-1).tolist()
     return tokens[: len(prompt)] == prompt and tokens[len(prompt) :] == best[len(prompt) - 1 : -1]
@@ -202,7 +202,9 @@ def test_run(folder, capsys):
         assert "tokens/s" in err
         sampled = []
         for _ in range(2):
-            assert cli.main([*arguments, "--temperature", "1.5", "--seed", "4", "--mode", "int8", "--threads", "1"]) == 0
+            assert (
+                cli.main([*arguments, "--temperature", "1.5", "--seed", "4", "--mode", "int8", "--threads", "1"]) == 0
+            )
             sampled.append(capsys.readouterr().out)
         assert sampled[0] == sampled[1]
     assert texts["genai"] == texts["ort"]
@@ -250,7 +252,7 @@ def test_what_cannot_become_a_folder(tmp_path, capsys):
     assert "no tokenizer" in error_of(capsys, [source, "-o", tmp_path / "out", *SMALL], main)
     neox, _ = models.tiny("gpt_neox", tmp_path / "neox")
     models.byte_tokenizer(neox)
-    assert "architecture is not known" in error_of(capsys, [neox, "-o", tmp_path / "out", *SMALL], main)
+    assert "architecture cannot be exported" in error_of(capsys, [neox, "-o", tmp_path / "out", *SMALL], main)
     assert "model of transformers" in error_of(capsys, [tmp_path / "x.onnx", "-o", tmp_path / "out"], main)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").touch()

@@ -84,7 +84,9 @@ def byte_tokenizer(folder: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["the cat sat on the mat and the dog sat on the cat with that other hat"] * 4, trainer)
+    tokenizer.train_from_iterator(
+        ["the cat sat on the mat and the dog sat on the cat with that other hat"] * 4, trainer
+    )
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<start>")
     wrapped.save_pretrained(folder)
 
