@@ -21,13 +21,14 @@ from qbb_export.passes.binarize import BinarizeLinears, PackedLayer
 from qbb_export.passes.function_body import AttachFunctionBody, binary_basis_nodes
 from qbb_export.passes.fuse import FuseLinears
 from qbb_export.passes.linears import Linear, find_linears
+from qbb_export.passes.lookups import BinarizeLookups, find_lookups
 from qbb_export.passes.normalize import NormalizeLinears
 from qbb_export.passes.prepare import prepare_passes
 from qbb_export.passes.verify import VerifyBinaryBasis
 from qbb_export.quantize import RECIPES, Quantized, QuantizeSettings
 from qbb_export.record import Record
-from qbb_export.select import Selection, select_layers
-from qbb_export.source import LoadOptions, TorchModel, parameter_owners
+from qbb_export.select import Selection, select_layers, select_lookups
+from qbb_export.source import LoadOptions, TorchModel, embedding_name, parameter_owners
 from qbb_export.verification import Array, Arrays, Comparison
 from qbb_export.weights import InitializerRows
 
@@ -157,17 +158,21 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
     if recipe == "float":
         layers: dict[str, LayerReport] = {}
         linears: list[Linear] = []
+        lookups: list[Linear] = []
         record = None
     else:
         linears, rejected = find_linears(model)
         owners = None if torch_model is None else parameter_owners(torch_model)
         chosen = select_layers(model, linears, rejected, options.selection, options.settings, owners)
+        lookups = find_lookups(model)
+        tables = select_lookups(lookups, linears, chosen, options.selection, options.settings)
         linears = [linear for linear in linears if linear.name in chosen]
+        lookups = [lookup for lookup in lookups if lookup.name in tables]
         record_path = options.record or place.record
         if recipe in RECIPES:
             options.learning.refuse(recipe)
             with Record.open(record_path, recipe=recipe, settings=options.settings) as record:
-                layers = _quantize_all(linears, chosen, replace(options, recipe=recipe), record, tell)
+                layers = _quantize_all([*linears, *lookups], {**chosen, **tables}, options, recipe, record, tell)
         else:
             record, quantized = learn(
                 check_can_learn(torch_model, recipe, source),
@@ -182,7 +187,12 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
             if record is None:  # another process of this run writes the file
                 return ExportReport(output, 0, 0, 0, (), ())
             layers = {name: _layer_report(name, layer, options) for name, layer in quantized.items()}
-        _rewrite(model, linears, layers, record, mode, fuse=options.fuse)
+            tables = {name: settings for name, settings in tables.items() if name not in layers}
+            if tables:  # no recipe learns them: they are quantised by their weights
+                own = [lookup for lookup in lookups if lookup.name in tables]
+                with Record.open(record_path, recipe=recipe) as writable:
+                    layers |= _quantize_all(own, tables, options, "fast", writable, tell)
+        _rewrite(model, linears, lookups, layers, record, mode, fuse=options.fuse)
     common.ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.producer_version = "qbb-export", None
     VerifyBinaryBasis()(model)
@@ -191,7 +201,7 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
     file_bytes = place.write(model, torch_model, lambda done, total: tell("writing", done, total))
     if options.verify:
         tell("verifying", 0, 1)
-        student = _student(torch_model, linears, record)
+        student = _student(torch_model, linears, lookups, record)
         comparisons = _verify(model, place.file, student, feeds, float_outputs, options.mode)
         tell("verifying", 1, 1)
     place.commit()
@@ -210,6 +220,7 @@ def _quantize_all(
     linears: list[Linear],
     chosen: Mapping[str, QuantizeSettings],
     options: ExportOptions,
+    recipe: str,
     record: Record,
     tell: Callable[[str, int, int], None],
 ) -> dict[str, LayerReport]:
@@ -227,7 +238,7 @@ def _quantize_all(
             tell("quantising weights", base + finished * row, total)
 
         try:
-            layer = record.quantized(name, source, settings, str(options.recipe), on_rows)
+            layer = record.quantized(name, source, settings, recipe, on_rows)
         finally:
             source.close()
         done += linear.in_features * linear.out_features
@@ -243,7 +254,14 @@ def _layer_report(name: str, layer: Quantized, options: ExportOptions) -> LayerR
 
 
 def _rewrite(
-    model: ir.Model, linears: list[Linear], layers: Mapping[str, LayerReport], record: Record, mode: int, *, fuse: bool
+    model: ir.Model,
+    linears: list[Linear],
+    lookups: list[Linear],
+    layers: Mapping[str, LayerReport],
+    record: Record,
+    mode: int,
+    *,
+    fuse: bool,
 ) -> None:
     @functools.lru_cache(maxsize=_KEPT_LAYERS)
     def initializers(name: str) -> tuple[Array, ...]:
@@ -251,7 +269,9 @@ def _rewrite(
         return to_layout(layer.words, layer.scales, layer.offset, layers[name].spec)
 
     NormalizeLinears(linears)(model)
-    BinarizeLinears({name: _packed(report, initializers) for name, report in layers.items()}, mode)(model)
+    packed = {name: _packed(report, initializers) for name, report in layers.items()}
+    BinarizeLinears({linear.name: packed[linear.name] for linear in linears}, mode)(model)
+    BinarizeLookups({lookup.name: packed[lookup.name] for lookup in lookups})(model)
     if fuse:
         FuseLinears()(model)
     AttachFunctionBody()(model)
@@ -296,7 +316,9 @@ def _float_outputs(model: ir.Model, source: str, loaded: TorchModel | None) -> t
         return None, None
 
 
-def _student(loaded: TorchModel | None, linears: list[Linear], record: Record | None) -> TorchModel | None:
+def _student(
+    loaded: TorchModel | None, linears: list[Linear], lookups: list[Linear], record: Record | None
+) -> TorchModel | None:
     """The PyTorch model with the quantised weights in it, in float32; it takes the float model's place."""
     if loaded is None:
         return None
@@ -304,6 +326,9 @@ def _student(loaded: TorchModel | None, linears: list[Linear], record: Record | 
 
     # Names as they were before the graph was rewritten: those of the parameters.
     owners = {linear.weight.name or "": linear for linear in linears}
+    for lookup in lookups:  # a table that is also the head: as the embedding's, it counts for both
+        owners.pop(lookup.weight.name or "", None)
+        owners[embedding_name(loaded, lookup.weight.name or "")] = lookup
     layers = {} if record is None else {name: record.load(linear.name) for name, linear in owners.items()}
     flipped = {name for name, linear in owners.items() if not linear.transposed}
     return replace(loaded, module=make_student(loaded.module, layers, flipped).float())

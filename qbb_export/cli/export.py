@@ -61,6 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layers.add_argument("--include", action="append", default=[], metavar="PATTERN", help="also these, e.g. lm_head")
     layers.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="not these, e.g. '*.0.*'")
     layers.add_argument("--layer", action="append", default=[], metavar="PATTERN:KEY=VALUE,…", help="other settings")
+    layers.add_argument(
+        "--head-bases", type=int, metavar="N", help="quantise the output head, too (default: it is not)"
+    )
+    layers.add_argument(
+        "--embedding-bases",
+        type=int,
+        metavar="N",
+        help="quantise the embeddings, too; one matrix with the head is stored once (default: no)",
+    )
     loading = parser.add_argument_group("opening MODEL")
     loading.add_argument("--model", metavar="MODULE:CALLABLE", help="builds the module for a state dict")
     loading.add_argument("--config", type=Path, metavar="DIR", help="Hugging Face folder that fits a state dict")
@@ -99,7 +108,11 @@ def run(options: argparse.Namespace) -> int:
         recipe=options.recipe,
         settings=settings,
         selection=Selection(
-            tuple(options.include), tuple(options.exclude), tuple(Override.parse(text) for text in options.layer)
+            tuple(options.include),
+            tuple(options.exclude),
+            tuple(Override.parse(text) for text in options.layer),
+            options.head_bases,
+            options.embedding_bases,
         ),
         load=LoadOptions(
             options.model, options.config, options.trust_pickle, tuple(InputSpec.parse(text) for text in options.input)

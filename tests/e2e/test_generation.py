@@ -157,6 +157,45 @@ def test_a_tied_head_is_stored_once(tmp_path):
     assert 4000 * 64 * 4 <= data < 1.5 * 4000 * 64 * 4
 
 
+@pytest.mark.parametrize("bases", [1, 3])  # with an offset and without
+@pytest.mark.parametrize("layout", ["tiled", "rows"])
+def test_a_tied_head_and_its_embedding_are_one_packed_matrix(tmp_path, bases, layout):
+    source, _ = models.tiny_decoder("llama", tmp_path / "hf", vocab_size=3001)
+    numbers = ("--head-bases", bases, "--embedding-bases", bases, "--layout", layout)
+    for output in ("out", "m.onnx"):
+        assert export(source, "-o", tmp_path / output, *SMALL, *numbers) == 0
+    # bits, float16 scales for 32 inputs, float32 offsets, in pages of 4 kB; blocks and caches of rotations beside them
+    packed = 3008 * 64 * bases / 8 + 3008 * 2 * bases * 2 + (3008 * 2 * 4 if bases == 1 else 0)
+    for place in (tmp_path / "out", tmp_path):
+        data = sum(file.stat().st_size for file in place.glob("*.data"))
+        assert packed <= data < packed + 100_000 < 3001 * 64 * 4
+    assert layers_of(tmp_path / "out").count("lm_head.qbb_planes") == 1
+    assert genai_greedy(tmp_path / "out", PROMPT, 30) == greedy(tmp_path / "out", PROMPT, 30)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_embedding_of_its_own(tmp_path, capsys, dtype):
+    """Another number of bases than the head; the verification compares with PyTorch."""
+    source, count = models.tiny_decoder("gemma", tmp_path / "hf", tie_word_embeddings=False)
+    numbers = ("--head-bases", 4, "--embedding-bases", 3, "--dtype", dtype)
+    assert export(source, "-o", tmp_path / "out", *SMALL, *numbers) == 0
+    assert f"quantised layers    │ {count + 2}" in capsys.readouterr().out
+    names = {value.name for value in read_graph(tmp_path / "out" / "model.onnx").graph.initializers.values()}
+    assert {"model.embed_tokens.qbb_planes", "lm_head.qbb_planes"} <= names
+    assert not {"model.embed_tokens.weight", "lm_head.weight"} & names
+
+
+def test_heads_that_cannot_be_quantised(tmp_path, capsys):
+    source, _ = models.tiny_decoder("llama", tmp_path / "hf")
+    for options, message in (
+        (("--embedding-bases", 2), "embedding and head are one matrix; expected --head-bases 2, too"),
+        (("--embedding-bases", 2, "--head-bases", 3), "expected equal bases"),
+        (("--head-bases", 9), "bases"),
+    ):
+        line = error_of(capsys, [source, "-o", tmp_path / "out", *SMALL, *options], cli.export_main)
+        assert message in line
+
+
 def test_attention_reads_the_fused_projection(tmp_path):
     """No Split in front of the attention, unless queries have a norm of their own."""
     for family, splits in (("qwen2", 2), ("qwen3", 4)):
