@@ -32,13 +32,15 @@ def find_lookups(model: ir.Model) -> list[Linear]:
     for node in model.graph:
         if node.domain != "" or node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:  # rule 1
             continue
-        weight, transposed = constant_source(node.inputs[0])
-        ids = node.inputs[1]
-        if weight is None or transposed or weight.is_graph_input() or weight.const_value is None:  # rule 2
+        (weight, transposed), ids = constant_source(node.inputs[0]), node.inputs[1]
+        tensor = None if weight is None else weight.const_value
+        if weight is None or tensor is None or transposed or weight.is_graph_input():  # rule 2
             continue
-        shape = weight.const_value.shape.numpy()
-        if len(shape) != 2 or weight.const_value.dtype not in _FLOATS or ids is None or ids.const_value is not None:
-            continue  # rules 2 and 3
+        shape = tensor.shape.numpy()
+        if len(shape) != 2 or tensor.dtype not in _FLOATS:  # rule 2
+            continue
+        if ids is None or ir.convenience.get_const_tensor(ids) is not None:  # rule 3
+            continue
         found.append(Linear(layer_name(weight, node), node, ids, weight, True, int(shape[1]), int(shape[0])))
     return found
 
@@ -108,6 +110,7 @@ def _function(layout: int, offset: bool, dtype: ir.DataType, opset: int) -> ir.F
     """Rows of ``W[n,k] = Σ_b S[b,n,g(k)]·sign(b,n,k) + Z[n,g(k)]``, summed in float32."""
     name = f"Rows{'WithOffset' if offset else ''}{'' if dtype == ir.DataType.FLOAT else dtype.name}"
     inputs = "ids, B, S, Z, group" if offset else "ids, B, S, group"
+    allowzero = "<allowzero = 1>" if opset >= 14 else ""  # for no indices
     with_offset = f"""{_row(layout, "Z", 0)}
         Z_inputs = Gather <axis = 1> (Z_rows, group)
         W = Add (W_signs, Z_inputs)"""
@@ -123,7 +126,6 @@ def _function(layout: int, offset: bool, dtype: ir.DataType, opset: int) -> ir.F
         word_bits = Constant <value = int64[1] {{{WORD_BITS}}}> ()
         tile_rows = Constant <value = int64[1] {{{TILE_ROWS}}}> ()
         lane_shape = Constant <value = int64[3] {{-1, 1, 1}}> ()
-        flat_shape = Constant <value = int64[3] {{0, 0, -1}}> ()
         nibble_shifts = Constant <value = uint32[8] {{{NIBBLE_SHIFTS[layout]}}}> ()
         drop = Constant <value = uint32[1] {{28}}> ()
         sign_table = Constant <value = float[16, 4] {{{SIGNS}}}> ()
@@ -140,7 +142,12 @@ def _function(layout: int, offset: bool, dtype: ir.DataType, opset: int) -> ir.F
         nibble = BitShift <direction = "RIGHT"> (nibble_high, drop)
         nibble_index = Cast <to = 6> (nibble)
         signs_by_nibble = Gather (sign_table, nibble_index)
-        signs_all = Reshape (signs_by_nibble, flat_shape)
+        B_dims = Shape (B_rows)
+        signs_lead = Slice (B_dims, zero, minus_1)
+        B_words = Slice (B_dims, minus_1, three)
+        B_inputs = Mul (B_words, word_bits)
+        signs_shape = Concat <axis = 0> (signs_lead, B_inputs)
+        signs_all = Reshape (signs_by_nibble, signs_shape)
         K = Shape (group)
         signs = Slice (signs_all, zero, K, two)
         S_float = Cast <to = 1> (S_rows)
@@ -150,7 +157,7 @@ def _function(layout: int, offset: bool, dtype: ir.DataType, opset: int) -> ir.F
         {with_offset if offset else "W = Identity (W_signs)"}
         ids_shape = Shape (ids)
         Y_shape = Concat <axis = 0> (ids_shape, K)
-        Y_float = Reshape (W, Y_shape)
+        Y_float = Reshape {allowzero} (W, Y_shape)
         Y = Cast <to = {int(dtype)}> (Y_float)
       }}
     """

@@ -11,14 +11,13 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qbb_export import verification
+from qbb_export.comparing import compare_all, float_outputs, student_of
 from qbb_export.destination import FolderOptions, destination
 from qbb_export.distill.settings import MODEL_RECIPES, LearningOptions
-from qbb_export.errors import QbbError
 from qbb_export.format import LAYOUT_TILED, Spec, bits_per_weight, mode_number, to_layout
 from qbb_export.learning import check_can_learn, default_recipe, learn
 from qbb_export.passes.binarize import BinarizeLinears, PackedLayer
-from qbb_export.passes.function_body import AttachFunctionBody, binary_basis_nodes
+from qbb_export.passes.function_body import AttachFunctionBody
 from qbb_export.passes.fuse import FuseLinears
 from qbb_export.passes.linears import Linear, find_linears
 from qbb_export.passes.lookups import BinarizeLookups, find_lookups
@@ -28,8 +27,8 @@ from qbb_export.passes.verify import VerifyBinaryBasis
 from qbb_export.quantize import RECIPES, Quantized, QuantizeSettings
 from qbb_export.record import Record
 from qbb_export.select import Selection, select_layers, select_lookups
-from qbb_export.source import LoadOptions, TorchModel, embedding_name, parameter_owners
-from qbb_export.verification import Array, Arrays, Comparison
+from qbb_export.source import LoadOptions, parameter_owners
+from qbb_export.verification import Array, Comparison
 from qbb_export.weights import InitializerRows
 
 # Called with the name of a stage, steps done, steps in all, and a few words on how it goes.
@@ -197,12 +196,12 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
     model.producer_name, model.producer_version = "qbb-export", None
     VerifyBinaryBasis()(model)
     comparisons: list[Comparison] = []
-    feeds, float_outputs = _float_outputs(model, source, torch_model) if options.verify else (None, None)
+    feeds, expected = float_outputs(model, source, torch_model) if options.verify else (None, None)
     file_bytes = place.write(model, torch_model, lambda done, total: tell("writing", done, total))
     if options.verify:
         tell("verifying", 0, 1)
-        student = _student(torch_model, linears, lookups, record)
-        comparisons = _verify(model, place.file, student, feeds, float_outputs, options.mode)
+        student = student_of(torch_model, linears, lookups, record)
+        comparisons = compare_all(model, place.file, student, feeds, expected, options.mode)
         tell("verifying", 1, 1)
     place.commit()
     packed = sum(r.bits_per_weight * r.spec.K * r.spec.N / 8 for r in layers.values())
@@ -293,77 +292,3 @@ def _packed(report: LayerReport, initializers: Callable[[str], tuple[Array, ...]
         scales=lazy(1, spec.scales_shape, report.scale_type),
         offset=lazy(2, spec.offset_shape, ir.DataType.FLOAT) if report.offset else None,
     )
-
-
-def _float_outputs(model: ir.Model, source: str, loaded: TorchModel | None) -> tuple[Arrays | None, Arrays | None]:
-    """Inputs to compare on, and what the float model makes of them.
-
-    No outputs where running it would take too much memory; no inputs either where the model does not take what we
-    make up (an .onnx file does not say what its integers mean).
-    """
-    if loaded is not None:
-        from qbb_export.module import run_module
-
-        names = verification.results_of(model)
-        feeds = verification.sample_inputs(loaded.inputs or verification.graph_inputs(model), loaded.tokenizer)
-        return feeds, run_module(loaded.module, feeds, names, by_name=loaded.program is None)
-    feeds = verification.sample_inputs(verification.graph_inputs(model), None)
-    if not verification.body_is_affordable(model):
-        return feeds, None
-    try:
-        return feeds, verification.run_file(Path(source), feeds, library=False)
-    except QbbError:
-        return None, None
-
-
-def _student(
-    loaded: TorchModel | None, linears: list[Linear], lookups: list[Linear], record: Record | None
-) -> TorchModel | None:
-    """The PyTorch model with the quantised weights in it, in float32; it takes the float model's place."""
-    if loaded is None:
-        return None
-    from qbb_export.module import make_student
-
-    # Names as they were before the graph was rewritten: those of the parameters.
-    owners = {linear.weight.name or "": linear for linear in linears}
-    for lookup in lookups:  # a table that is also the head: as the embedding's, it counts for both
-        owners.pop(lookup.weight.name or "", None)
-        owners[embedding_name(loaded, lookup.weight.name or "")] = lookup
-    layers = {} if record is None else {name: record.load(linear.name) for name, linear in owners.items()}
-    flipped = {name for name, linear in owners.items() if not linear.transposed}
-    return replace(loaded, module=make_student(loaded.module, layers, flipped).float())
-
-
-def _verify(
-    model: ir.Model,
-    output: Path,
-    student: TorchModel | None,
-    feeds: Arrays | None,
-    float_outputs: Arrays | None,
-    mode: str,
-) -> list[Comparison]:
-    """The verification table: library in exact mode against student and function body; against the float model, and of
-    another mode, for information.
-    """
-    if feeds is None:
-        return verification.check_layers(output)
-    ours = verification.run_file(output, feeds, library=True)
-    rows: list[Comparison] = []
-    if student is not None:
-        from qbb_export.module import run_module
-
-        expected = run_module(student.module, feeds, list(ours), by_name=student.program is None)
-        rows += verification.compare("library / student", ours, expected, verification.STUDENT_BOUND)
-    if not verification.body_is_affordable(model):
-        rows += verification.check_layers(output)
-    elif binary_basis_nodes(model):
-        body = verification.run_file(output, feeds, library=False)
-        rows += verification.compare("body / library", body, ours, verification.BODY_BOUND)
-    if float_outputs is not None:
-        rows += verification.compare("library / float model", ours, float_outputs, None)
-    if mode != "exact":
-        rounded = verification.run_file(output, feeds, library=True, mode=mode)
-        rows += verification.compare(f"library, {mode} / exact", rounded, ours, None)
-        if float_outputs is not None:
-            rows += verification.compare(f"library, {mode} / float model", rounded, float_outputs, None)
-    return rows
