@@ -17,6 +17,7 @@ from qbb_export.generation import folder as folders
 from qbb_export.generation.build import DecoderGraph, build_decoder
 from qbb_export.load import load_torch
 from qbb_export.passes.fold_weights import FoldWeights
+from qbb_export.passes.function_body import binary_basis_nodes
 from qbb_export.passes.pack_attention import PackAttention
 from qbb_export.source import LoadOptions, TorchModel
 
@@ -26,14 +27,26 @@ class FolderOptions:
     """What a folder holds.
 
     Args:
-        dtype: of activations and cache, ``"float32"`` or ``"float16"``.
+        dtype: of activations and cache, ``"float32"`` or ``"float16"``; None: float32 for CPUs, float16 for GPUs.
         provider: ``"cpu"`` or ``"cuda"``: where onnxruntime-genai is to run it.
         portable: leave our library out; the function body in the file does its work, slower.
+
+    Raises:
+        QbbError: float32 on a GPU, where ONNX Runtime's attention has no kernel for it.
     """
 
-    dtype: str = "float32"
+    dtype: str | None = None
     provider: str = "cpu"
     portable: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.provider, self.dtype) == ("cuda", "float32"):
+            raise QbbError("no attention of this type on GPUs", where="--dtype", expected="float16", got=self.dtype)
+
+    @property
+    def activations(self) -> str:
+        """The type, chosen."""
+        return self.dtype or ("float16" if self.provider == "cuda" else "float32")
 
 
 class Destination(ABC):
@@ -118,7 +131,7 @@ class FolderDestination(Destination):
             raise QbbError("a folder is made from a model of transformers", where=source, expected=expected)
         loaded = load_torch(source, load)
         options = self._options
-        self._decoder = build_decoder(loaded, source, load, dtype=options.dtype, provider=options.provider)
+        self._decoder = build_decoder(loaded, source, load, dtype=options.activations, provider=options.provider)
         return self._decoder.model, loaded
 
     def write(self, model: ir.Model, loaded: TorchModel | None, on_tensor: artifact.OnTensor) -> int:
@@ -129,7 +142,7 @@ class FolderDestination(Destination):
         common.RemoveUnusedNodesPass()(model)
         folders.make_scratch(self._scratch)
         size = artifact.save(model, self.file, on_tensor=on_tensor)
-        portable = self._options.portable
+        portable = self._options.portable or not binary_basis_nodes(model)
         folders.write_companions(self._scratch, self._decoder.config, self._decoder.files, portable=portable)
         return size
 
@@ -139,5 +152,13 @@ class FolderDestination(Destination):
 
 
 def destination(output: Path, options: FolderOptions) -> Destination:
-    """A file for a path that ends in ``.onnx``, a folder for any other."""
-    return FileDestination(output) if output.suffix == ".onnx" else FolderDestination(output, options)
+    """A file for a path that ends in ``.onnx``, a folder for any other.
+
+    Raises:
+        QbbError: options of a folder for a file.
+    """
+    if output.suffix != ".onnx":
+        return FolderDestination(output, options)
+    if options != FolderOptions():
+        raise QbbError("--dtype, --provider and --portable are for folders", where=output, expected="-o DIR")
+    return FileDestination(output)

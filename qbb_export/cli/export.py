@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     folder = parser.add_argument_group("a folder for onnxruntime-genai (-o DIR, decoders only)")
     folder.add_argument(
-        "--dtype", choices=("float32", "float16"), default="float32", help="of activations and cache (default: float32)"
+        "--dtype", choices=("float32", "float16"), help="of activations and cache (default: float32, on GPUs float16)"
     )
     folder.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="where it will run (default: cpu)")
     folder.add_argument("--portable", action="store_true", help="without our library: any machine, slower")

@@ -142,6 +142,7 @@ def onnx_file(source: str | Path) -> Path | None:
     path = Path(source)
     if path.suffix == ".onnx":
         return path
-    if (path / CONFIG).is_file() or (path / MODEL).is_file():
+    ours = (path / CONFIG).is_file() or ((path / MODEL).is_file() and not (path / "config.json").is_file())
+    if ours:
         return path / str(read_config(path)["model"]["decoder"]["filename"])
     return None

@@ -139,6 +139,38 @@ def test_portable(tmp_path):
     assert genai_greedy(tmp_path / "with", PROMPT, 40) == expected
     assert genai_greedy(tmp_path / "without", PROMPT, 40) == expected
     assert greedy(tmp_path / "without", PROMPT, 40, library=False) == expected
+    (tmp_path / "with" / "libqbb_ops.so").write_bytes(b"no library")  # where there is one, it is opened
+    with pytest.raises(RuntimeError):
+        genai.Model(str(tmp_path / "with"))
+
+
+def test_a_float_folder(tmp_path):
+    """For comparison; it has no operator of ours and no library."""
+    source, _ = models.tiny_decoder("phi3", tmp_path / "hf")
+    assert export(source, "-o", tmp_path / "out", "--recipe", "float") == 0
+    assert layers_of(tmp_path / "out") == []
+    assert not list((tmp_path / "out").glob("*.so"))
+    tokens = genai_greedy(tmp_path / "out", PROMPT, 30)
+    assert is_greedy(load_torch(str(source), LoadOptions()).module, PROMPT, tokens)
+
+
+def test_a_configuration_for_a_gpu(tmp_path):
+    """It cannot be run here; the graph is that of float16 on a CPU."""
+    source, _ = models.tiny_decoder("qwen2", tmp_path / "hf")
+    graphs = []
+    for name, options in (("gpu", ("--provider", "cuda")), ("cpu", ("--dtype", "float16"))):
+        assert export(source, "-o", tmp_path / name, *SMALL, *options) == 0
+        graphs.append((tmp_path / name / "model.onnx").read_bytes())
+    assert graphs[0] == graphs[1]
+    (provider,) = read_config(tmp_path / "gpu")["model"]["decoder"]["session_options"]["provider_options"]
+    assert list(provider) == ["cuda"]
+
+
+def test_plan(tmp_path, capsys):
+    source, _ = models.tiny_decoder("qwen2", tmp_path / "hf")
+    assert export(source, "-o", tmp_path / "out", *SMALL, "--plan") == 0
+    assert "write the file" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_same_record_serves_file_and_folder(tmp_path):
@@ -292,6 +324,9 @@ def test_what_cannot_become_a_folder(tmp_path, capsys):
     neox, _ = models.tiny("gpt_neox", tmp_path / "neox")
     models.byte_tokenizer(neox)
     assert "architecture cannot be exported" in error_of(capsys, [neox, "-o", tmp_path / "out", *SMALL], main)
+    options = ("--provider", "cuda", "--dtype", "float32")
+    assert "no attention" in error_of(capsys, [source, "-o", tmp_path / "out", *SMALL, *options], main)
+    assert "are for folders" in error_of(capsys, [source, "-o", tmp_path / "m.onnx", "--portable"], main)
     assert "model of transformers" in error_of(capsys, [tmp_path / "x.onnx", "-o", tmp_path / "out"], main)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").touch()
