@@ -23,7 +23,7 @@ from typing import Any, Final
 import onnx_ir as ir
 
 from qbb_export.errors import QbbError
-from qbb_export.generation.adapt import adapt_config
+from qbb_export.generation.adapt import adapt_config, rotation_table
 from qbb_export.generation.tie import Slice, tie_weights
 from qbb_export.passes.standard_norms import StandardNorms
 from qbb_export.source import LoadOptions, TorchModel
@@ -150,7 +150,7 @@ def _builder_uses(builder: Any, module: Any, slices: dict[str, Slice], models: l
         found = find(tensor)
         if found is not None:
             slices[name] = found
-        make_initializer(self, tensor, name, **options)
+        make_initializer(self, rotation_table(module, name, tensor), name, **options)
 
     def keep(self: Any, folder: str) -> None:
         for node in self.model.graph:

@@ -117,6 +117,34 @@ def test_families(tmp_path, capsys, family):
     assert is_greedy(module, PROMPT, tokens)
 
 
+SCALINGS = {
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 1024},
+    "llama3": {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 16,
+    },
+    "longrope": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.1] * 8, "long_factor": [2.1] * 8,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "changes"),
+    [
+        ("linear", "llama", {}),
+        ("llama3", "llama", {}),
+        ("yarn", "qwen3", {"head_dim": 64, "max_position_embeddings": 4096}),
+        ("longrope", "phi3", {"original_max_position_embeddings": 32}),
+    ],
+)
+def test_scaled_rotations(tmp_path, kind, family, changes):
+    """The export itself compares with PyTorch."""
+    source, _ = models.tiny_decoder(family, tmp_path / "hf", rope_parameters=SCALINGS[kind], **changes)
+    assert export(source, "-o", tmp_path / "out", *SMALL) == 0
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_float16(tmp_path, family):
     source, count = models.tiny_decoder(family, tmp_path / "hf")
