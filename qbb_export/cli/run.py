@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: fewer repetitions (default 1)")
     add("--seed", type=int, metavar="N", help="the same text each time")
     add("--runtime", choices=("genai", "ort"), help="default: onnxruntime-genai where it is installed, else plain ORT")
+    add("--trust", action="store_true", help="let onnxruntime-genai load whatever code the folder names")
     add("--mode", choices=MODES, help="activations in our kernels (default: as the file says)")
     add("--threads", type=int, metavar="N", help="default: ONNX Runtime's choice")
     parser.set_defaults(run=run)
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     if options.threads is not None and options.threads < 1:
         raise QbbError("too few threads", where="--threads", expected=">= 1", got=options.threads)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty, options.seed)
-    how = RunOptions(options.max_tokens, sampling, options.runtime, options.mode, options.threads)
+    how = RunOptions(options.max_tokens, sampling, options.runtime, options.trust, options.mode, options.threads)
     times = Times()
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     for number, piece in enumerate(generate(options.folder, prompt, how, times)):

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from qbb_export.custom_ops import library_info
 from qbb_export.errors import QbbError
-from qbb_export.files import sync_folder, write_whole
+from qbb_export.files import file_sha256, sync_folder, write_whole
 
 CONFIG: Final = "genai_config.json"
 MODEL: Final = "model.onnx"
@@ -128,9 +128,29 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / TOKENIZER).is_file():
         raise QbbError("no tokenizer", where=folder, expected=f"{TOKENIZER} in it")
     for name in names:
-        if name is not None and not (folder / str(name)).is_file():
+        if name is not None and (not isinstance(name, str) or Path(name).name != name):
+            raise QbbError("not a file in the folder", where=folder / CONFIG, expected="a bare file name", got=name)
+        if name is not None and not (folder / name).is_file():
             raise QbbError("folder is half-written", where=folder, expected=f"{name} in it")
     return config
+
+
+def foreign_code(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """What onnxruntime-genai would load besides the model when it opens a folder, in words; None for nothing.
+
+    *Why:* it loads the library that the configuration names, and providers have options that name more. Only a copy of
+    the installed library and the options that we write are known to be harmless.
+    """
+    options = dict(config["model"]["decoder"].get("session_options", {}))
+    library = options.pop("custom_ops_library", None)
+    if library is not None and file_sha256(folder / str(library)) != file_sha256(library_info().path):
+        return f"{library} is not the installed library"
+    providers = options.pop("provider_options", [])
+    options.pop("log_id", None)
+    names = {name for entry in providers for name in entry} if isinstance(providers, list) else {"?"}
+    if options or not names <= {"cuda"} or set(config["model"]) & {"vision", "embedding", "speech", "encoder"}:
+        return "the configuration has options that qbb-export does not write"
+    return None
 
 
 def onnx_file(source: str | Path) -> Path | None:

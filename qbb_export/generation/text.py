@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -13,8 +13,8 @@ import numpy as np
 
 from qbb_export.errors import QbbError
 from qbb_export.format import MODES, mode_number
-from qbb_export.generation.folder import TOKENIZER, read_config
-from qbb_export.runtimes import genai, ort
+from qbb_export.generation.folder import TOKENIZER, foreign_code, read_config
+from qbb_export.runtimes import gate, genai, ort
 from qbb_export.runtimes.decoder import Decoder
 from qbb_export.runtimes.sampling import Sampler, Sampling
 from qbb_export.tokens import open_tokenizer
@@ -29,7 +29,9 @@ class RunOptions:
     Args:
         max_tokens: new tokens at most.
         sampling: how to choose them.
-        runtime: ``"genai"``, ``"ort"`` (plain ONNX Runtime), or None: the first that is installed.
+        runtime: ``"genai"``, ``"ort"`` (plain ONNX Runtime), or None: onnxruntime-genai where it is installed and the
+            folder makes it load no code but a copy of our library.
+        trust: let onnxruntime-genai load whatever the folder names.
         mode: of our kernels, see ``format.MODES``; None: as the file says.
         threads: of ONNX Runtime; None: its own choice.
     """
@@ -37,6 +39,7 @@ class RunOptions:
     max_tokens: int = 200
     sampling: Sampling = field(default_factory=Sampling)
     runtime: str | None = None
+    trust: bool = False
     mode: str | None = None
     threads: int | None = None
 
@@ -81,7 +84,8 @@ def generate(folder: Path, prompt: str, options: RunOptions, times: Times | None
         QbbError: the folder is not complete, the prompt is empty or too long, or the runtime cannot run it.
     """
     times = Times() if times is None else times
-    model = read_config(folder)["model"]
+    config = read_config(folder)
+    model = config["model"]
     tokenizer = open_tokenizer(folder / TOKENIZER)
     ids = list(tokenizer.encode(prompt).ids) or [i for i in (model.get("bos_token_id"),) if isinstance(i, int)]
     room = int(model["context_length"]) - len(ids)
@@ -94,9 +98,23 @@ def generate(folder: Path, prompt: str, options: RunOptions, times: Times | None
     limit = len(ids) + min(room, options.max_tokens)
     ends = model["eos_token_id"]
     ends = set(ends) if isinstance(ends, list) else {ends}
-    runtime = options.runtime or ("genai" if importlib.util.find_spec("onnxruntime_genai") else "ort")
+    runtime = _runtime(folder, config, options)
     written = (_genai_tokens if runtime == "genai" else _ort_tokens)(folder, ids, limit, options, times)
     return _text(written, tokenizer, ends, times, len(ids))
+
+
+def _runtime(folder: Path, config: Mapping[str, Any], options: RunOptions) -> str:
+    """The runtime to use, after the gate where it is not plain ONNX Runtime, whose sessions have it themselves."""
+    if options.runtime == "ort" or (options.runtime is None and not importlib.util.find_spec("onnxruntime_genai")):
+        return "ort"
+    foreign = None if options.trust else foreign_code(folder, config)
+    if foreign is not None and options.runtime is None:
+        return "ort"
+    if foreign is not None:
+        expected = "--runtime ort, or --trust if you trust whoever made it"
+        raise QbbError("opening this folder would run code from it", where=folder, expected=expected, got=foreign)
+    gate.check(folder / config["model"]["decoder"]["filename"])
+    return "genai"
 
 
 def _text(tokens: Iterator[int], tokenizer: Any, ends: set[int], times: Times, prompt_tokens: int) -> Iterator[str]:

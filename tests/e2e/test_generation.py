@@ -343,6 +343,45 @@ def test_damaged_folders(folder, tmp_path, capsys):
     assert "out of range" in error_of(capsys, ["run", folder, "--prompt", "x", "--top-p", "0"])
 
 
+def test_code_in_a_folder_is_not_run(folder, tmp_path, capsys):
+    """onnxruntime-genai loads what the configuration names; without asking, only a copy of the installed library."""
+    arguments = ["--prompt", "the cat", "--max-tokens", "9"]
+    assert cli.main(["run", str(folder), *arguments]) == 0
+    expected = capsys.readouterr().out
+    for name in ("library", "option", "provider", "path"):
+        copy = tmp_path / name
+        shutil.copytree(folder, copy)
+        config = read_config(copy)
+        options = config["model"]["decoder"]["session_options"]
+        if name == "library":
+            with (copy / "libqbb_ops.so").open("ab") as file:
+                file.write(b"\0")
+        elif name == "option":
+            options["ep.library"] = "evil.so"
+        elif name == "provider":
+            options["provider_options"] = [{"QNN": {"backend_path": "evil.so"}}]
+        else:
+            options["custom_ops_library"] = "../option/libqbb_ops.so"
+        (copy / "genai_config.json").write_text(json.dumps(config))
+        if name == "path":
+            assert "bare file name" in error_of(capsys, ["run", copy, *arguments])
+            continue
+        assert "would run code from it" in error_of(capsys, ["run", copy, *arguments, "--runtime", "genai"])
+        assert cli.main(["run", str(copy), *arguments]) == 0  # in plain ONNX Runtime, with the installed library
+        assert capsys.readouterr().out == expected
+    assert cli.main(["run", str(tmp_path / "library"), *arguments, "--runtime", "genai", "--trust"]) == 0
+
+
+def test_damaged_weights_are_found_before_they_run(folder, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (data,) = copy.glob("*.data")
+    data.write_bytes(data.read_bytes()[:-1] + b"\x55")
+    for runtime in ("genai", "ort"):
+        line = error_of(capsys, ["run", copy, "--prompt", "x", "--runtime", runtime])
+        assert "weights are damaged" in line
+
+
 def test_what_cannot_become_a_folder(tmp_path, capsys):
     """One line each, and nothing is left."""
     source, _ = models.tiny_decoder("qwen2", tmp_path / "hf")
