@@ -34,8 +34,9 @@ def tie_weights(
 ) -> None:
     """Give every initializer that holds a matrix of the model the name and the values of that parameter.
 
-    1. one that holds all rows becomes an initializer ``[rows, columns]`` of float32, with Transpose and Cast behind it
-       where the graph wants columns or another type: what quantisation reads is what the model holds
+    1. one that holds all rows becomes an initializer ``[rows, columns]`` of float32, with Cast and Transpose behind it
+       where the graph wants another type or columns: what quantisation reads is what the model holds. The Cast comes
+       first, so that a matrix used both ways is stored in that type
     2. several that hold rows of one parameter (q, k and v of a packed projection) and are multiplied with the same
        activations become one product with a Split behind it
     3. parameters in ``required`` are in the graph when this is done
@@ -115,19 +116,14 @@ def _tie(graph: ir.Graph, value: ir.Value, parameter: str, tensor: Any, transpos
         const = parameter_tensor(tensor, parameter, ir.DataType.FLOAT, shape)
         weight = ir.Value(name=parameter, shape=shape, type=ir.TensorType(ir.DataType.FLOAT), const_value=const)
         graph.register_initializer(weight)
+    typed = weight if dtype == weight.dtype else _behind(graph, "Cast", weight, {"to": int(dtype)})
     if transposed:  # a Transpose behind it, as of a head that is also the embedding, gives the parameter itself
         for use in list(value.uses()):
             if use.node.op_type == "Transpose" and list(use.node.attributes.get_ints("perm", (1, 0))) == [1, 0]:
-                use.node.outputs[0].replace_all_uses_with(_as_type(graph, weight, dtype))
+                use.node.outputs[0].replace_all_uses_with(typed)
                 graph.remove(use.node, safe=True)
-    if not value.uses():
-        return
-    source = _behind(graph, "Transpose", weight, {"perm": [1, 0]}) if transposed else weight
-    value.replace_all_uses_with(_as_type(graph, source, dtype))
-
-
-def _as_type(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    return value if value.dtype == dtype else _behind(graph, "Cast", value, {"to": int(dtype)})
+    if value.uses():
+        value.replace_all_uses_with(_behind(graph, "Transpose", typed, {"perm": [1, 0]}) if transposed else typed)
 
 
 def _behind(graph: ir.Graph, op_type: str, value: ir.Value, attributes: dict[str, Any]) -> ir.Value:

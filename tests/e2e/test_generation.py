@@ -210,11 +210,12 @@ def test_the_same_record_serves_file_and_folder(tmp_path):
     assert {file.name: file.stat().st_mtime_ns for file in (record / "layers").iterdir()} == before
 
 
-def test_a_tied_head_is_stored_once(tmp_path):
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float16", 2)])
+def test_a_tied_head_is_stored_once(tmp_path, dtype, size):
     source, _ = models.tiny_decoder("llama", tmp_path / "hf", vocab_size=4000)
-    assert export(source, "-o", tmp_path / "out", *SMALL, "--no-verify") == 0
+    assert export(source, "-o", tmp_path / "out", *SMALL, "--no-verify", "--dtype", dtype) == 0
     data = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.data"))
-    assert 4000 * 64 * 4 <= data < 1.5 * 4000 * 64 * 4
+    assert 4000 * 64 * size <= data < 1.5 * 4000 * 64 * size
 
 
 @pytest.mark.parametrize("bases", [1, 3])  # with an offset and without
