@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,10 @@ class Destination(ABC):
     def commit(self) -> None:
         """Give what was written and verified its name."""
 
+    @abstractmethod
+    def abandon(self) -> None:
+        """Remove what was written and has no name yet."""
+
 
 class FileDestination(Destination):
     """One ``.onnx`` file, with its data and tokenizer beside it. It has its name as soon as it is written."""
@@ -107,6 +112,9 @@ class FileDestination(Destination):
         return size
 
     def commit(self) -> None:
+        """See :class:`Destination`."""
+
+    def abandon(self) -> None:
         """See :class:`Destination`."""
 
 
@@ -149,6 +157,10 @@ class FolderDestination(Destination):
     def commit(self) -> None:
         """See :class:`Destination`."""
         folders.commit(self._scratch, self._folder)
+
+    def abandon(self) -> None:
+        """See :class:`Destination`."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 def destination(output: Path, options: FolderOptions) -> Destination:

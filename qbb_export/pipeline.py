@@ -197,12 +197,16 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
     VerifyBinaryBasis()(model)
     comparisons: list[Comparison] = []
     feeds, expected = float_outputs(model, source, torch_model) if options.verify else (None, None)
-    file_bytes = place.write(model, torch_model, lambda done, total: tell("writing", done, total))
-    if options.verify:
-        tell("verifying", 0, 1)
-        student = student_of(torch_model, linears, lookups, record)
-        comparisons = compare_all(model, place.file, student, feeds, expected, options.mode)
-        tell("verifying", 1, 1)
+    try:
+        file_bytes = place.write(model, torch_model, lambda done, total: tell("writing", done, total))
+        if options.verify:
+            tell("verifying", 0, 1)
+            student = student_of(torch_model, linears, lookups, record)
+            comparisons = compare_all(model, place.file, student, feeds, expected, options.mode)
+            tell("verifying", 1, 1)
+    except BaseException:
+        place.abandon()
+        raise
     place.commit()
     packed = sum(r.bits_per_weight * r.spec.K * r.spec.N / 8 for r in layers.values())
     return ExportReport(

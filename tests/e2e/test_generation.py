@@ -246,6 +246,14 @@ def test_an_embedding_of_its_own(tmp_path, capsys, dtype):
     assert not {"model.embed_tokens.weight", "lm_head.weight"} & names
 
 
+def test_a_recipe_that_sees_the_model(tmp_path):
+    """It knows packed projections by the names that PyTorch has for them; embeddings are quantised by their weights."""
+    source, count = models.tiny_decoder("phi3", tmp_path / "hf")
+    options = ("--recipe", "gptq", "--bases", 2, "--group-size", 32, "--head-bases", 3, "--embedding-bases", 3)
+    assert export(source, "-o", tmp_path / "out", *options) == 0
+    assert len(quantised(tmp_path / "out.qbb")) == count + 2
+
+
 def test_heads_that_cannot_be_quantised(tmp_path, capsys):
     source, _ = models.tiny_decoder("llama", tmp_path / "hf")
     for options, message in (
@@ -409,13 +417,13 @@ def test_an_existing_folder_stays_until_the_new_one_is_complete(folder, tmp_path
     shutil.copytree(folder, out)
     source = folder.parent / "hf"
     assert "exists already" in error_of(capsys, [source, "-o", out, *SMALL], cli.export_main)
-    (tmp_path / "out.tmp").mkdir()  # of a run that was killed
-    (tmp_path / "out.tmp" / "model.onnx").touch()
     before = sorted(path.name for path in out.iterdir())
     with monkeypatch.context() as patch:
         patch.setattr("qbb_export.generation.folder.library_info", lambda: (_ for _ in ()).throw(OSError("disk full")))
         assert "disk full" in error_of(capsys, [source, "-o", out, *SMALL, "--force", "--no-verify"], cli.export_main)
     assert sorted(path.name for path in out.iterdir()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.qbb"]
+    (tmp_path / "out.tmp").mkdir()  # of a run that was killed
     assert export(source, "-o", out, *SMALL, "--force", "--no-verify", "--bases", "1") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.qbb"]
     assert len(greedy(out, PROMPT, 12)) == 12
