@@ -12,13 +12,13 @@ MIN_OPSET = 13
 MIN_IR_VERSION = 8  # model-local functions
 
 # Right shifts that bring inputs 0-3, 4-7, ..., 28-31 of a word into its low four bits.
-_NIBBLE_SHIFTS = {
+NIBBLE_SHIFTS = {
     LAYOUT_ROWS: "0, 4, 8, 12, 16, 20, 24, 28",
     LAYOUT_TILED: "0, 8, 16, 24, 4, 12, 20, 28",
 }
 
 # The signs of the four inputs in each of the sixteen nibbles, lowest bit first.
-_SIGNS = ", ".join(str(2 * (nibble >> bit & 1) - 1) for nibble in range(16) for bit in range(4))
+SIGNS = ", ".join(str(2 * (nibble >> bit & 1) - 1) for nibble in range(16) for bit in range(4))
 
 
 def _rows(layout: int, source: str, result: str) -> str:
@@ -56,9 +56,9 @@ def _text(layout: int, opset: int, cast: str) -> str:
         minus_1 = Constant <value = int64[1] {{-1}}> ()
         word_bits = Constant <value = int64[1] {{{WORD_BITS}}}> ()
         row_factor = Constant <value = int64[1] {{{row_factor}}}> ()
-        nibble_shifts = Constant <value = uint32[8] {{{_NIBBLE_SHIFTS[layout]}}}> ()
+        nibble_shifts = Constant <value = uint32[8] {{{NIBBLE_SHIFTS[layout]}}}> ()
         drop = Constant <value = uint32[1] {{28}}> ()
-        sign_table = Constant <value = float[16, 4] {{{_SIGNS}}}> ()
+        sign_table = Constant <value = float[16, 4] {{{SIGNS}}}> ()
         K_scalar = Constant <value_int: int = @K> ()
         N_scalar = Constant <value_int: int = @N> ()
         group_scalar = Constant <value_int: int = @group_size> ()

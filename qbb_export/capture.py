@@ -162,10 +162,12 @@ def _tie_weights(model: ir.Model, module: nn.Module) -> None:
     for name, value in model.graph.initializers.items():
         tensor = real.get(name)
         if tensor is not None and value.dtype is not None and value.shape is not None:
-            value.const_value = _lazy(tensor, name, value.dtype, value.shape)
+            value.const_value = parameter_tensor(tensor, name, value.dtype, value.shape)
 
 
-def _lazy(tensor: torch.Tensor, name: str, dtype: ir.DataType, shape: ir.Shape) -> ir.LazyTensor:
+def parameter_tensor(tensor: torch.Tensor, name: str, dtype: ir.DataType, shape: ir.Shape) -> ir.LazyTensor:
+    """A parameter or buffer as an initializer that is read at the moment of need; floats as float32."""
+
     def read() -> ir.TensorProtocol:
         data = tensor.detach().cpu()
         return ir.tensor((data.float() if data.is_floating_point() else data).numpy(), name=name)

@@ -102,7 +102,7 @@ def make_student(model: nn.Module, layers: Mapping[str, Quantized], in_features_
     """Put quantised weights into a model, in place.
 
     Every ``nn.Linear`` below the model itself that owns a weight becomes a :class:`BinaryBasisLinear`. A weight that
-    belongs to another kind of module is overwritten by the dense matrix.
+    belongs to another kind of module is replaced by the dense matrix, wherever it is used.
 
     Args:
         model: the float model.
@@ -125,8 +125,12 @@ def make_student(model: nn.Module, layers: Mapping[str, Quantized], in_features_
                     setattr(modules[parent], child, quantized_linear(layer, module.bias))
         else:
             dense = quantized_linear(layer).dense_weight()
-            with torch.no_grad():
-                owner.get_parameter(attribute).copy_(dense.T if name in in_features_first else dense)
+            old = owner.get_parameter(attribute)
+            new = nn.Parameter((dense.T if name in in_features_first else dense).contiguous(), requires_grad=False)
+            for module in modules.values():  # all that share it, in float32: the file's type may have fewer bits
+                for own, value in list(module.named_parameters(recurse=False)):
+                    if value is old:
+                        setattr(module, own, new)
     return model
 
 

@@ -11,25 +11,24 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qbb_export import artifact, verification
-from qbb_export.capture import capture
+from qbb_export.comparing import compare_all, float_outputs, student_of
+from qbb_export.destination import FolderOptions, destination
 from qbb_export.distill.settings import MODEL_RECIPES, LearningOptions
-from qbb_export.errors import QbbError
-from qbb_export.files import write_whole
 from qbb_export.format import LAYOUT_TILED, Spec, bits_per_weight, mode_number, to_layout
 from qbb_export.learning import check_can_learn, default_recipe, learn
 from qbb_export.passes.binarize import BinarizeLinears, PackedLayer
-from qbb_export.passes.function_body import AttachFunctionBody, binary_basis_nodes
+from qbb_export.passes.function_body import AttachFunctionBody
 from qbb_export.passes.fuse import FuseLinears
 from qbb_export.passes.linears import Linear, find_linears
+from qbb_export.passes.lookups import BinarizeLookups, find_lookups
 from qbb_export.passes.normalize import NormalizeLinears
 from qbb_export.passes.prepare import prepare_passes
 from qbb_export.passes.verify import VerifyBinaryBasis
 from qbb_export.quantize import RECIPES, Quantized, QuantizeSettings
 from qbb_export.record import Record
-from qbb_export.select import Selection, select_layers
-from qbb_export.source import LoadOptions, TorchModel, parameter_owners
-from qbb_export.verification import Array, Arrays, Comparison
+from qbb_export.select import Selection, select_layers, select_lookups
+from qbb_export.source import LoadOptions, parameter_owners
+from qbb_export.verification import Array, Comparison
 from qbb_export.weights import InitializerRows
 
 # Called with the name of a stage, steps done, steps in all, and a few words on how it goes.
@@ -56,6 +55,7 @@ class ExportOptions:
         mode: name in ``format.MODES``: what kernels may do to activations.
         device: ``"cpu"``, or a PyTorch device such as ``"cuda"`` to quantise and learn on.
         learning: for recipes that learn from the model's own text.
+        folder: for an output that is a folder.
         record: folder of the per-layer results; default: ``OUTPUT`` with the suffix ``.qbb``.
         force: replace an existing output.
         verify: open the written file and compare.
@@ -70,6 +70,7 @@ class ExportOptions:
     mode: str = "exact"
     device: str = "cpu"
     learning: LearningOptions = field(default_factory=LearningOptions)
+    folder: FolderOptions = field(default_factory=FolderOptions)
     record: Path | None = None
     force: bool = False
     verify: bool = True
@@ -96,7 +97,7 @@ class ExportReport:
     """What :func:`export` did.
 
     Attributes:
-        output: the written .onnx file.
+        output: the written .onnx file or folder.
         file_bytes: graph and data together.
         float_bytes: what the quantised matrices would take as float32.
         packed_bytes: what they take now.
@@ -127,7 +128,7 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
 
     Args:
         source: MODEL; see ``capture``.
-        output: ends in ``.onnx``.
+        output: a path that ends in ``.onnx``, or a folder to make for a decoder; see ``destination``.
         options: what to make of it.
         progress: told what is going on.
 
@@ -142,10 +143,11 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
 
     mode = mode_number(options.mode)
     first = os.environ.get("RANK", "0") == "0"  # of several processes one writes; see distill.ranks
+    place = destination(output, options.folder)
     if first:
-        artifact.check_writable(output, force=options.force)
+        place.check(force=options.force)
     tell("reading the model", 0, 1)
-    model, torch_model = capture(source, options.load)
+    model, torch_model = place.open(source, options.load)
     tell("reading the model", 1, 1)
     prepare_passes()(model)
     VerifyBinaryBasis()(model)  # what would be refused at the end is refused before the work
@@ -155,17 +157,21 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
     if recipe == "float":
         layers: dict[str, LayerReport] = {}
         linears: list[Linear] = []
+        lookups: list[Linear] = []
         record = None
     else:
         linears, rejected = find_linears(model)
         owners = None if torch_model is None else parameter_owners(torch_model)
         chosen = select_layers(model, linears, rejected, options.selection, options.settings, owners)
+        lookups = find_lookups(model)
+        tables = select_lookups(lookups, linears, chosen, options.selection, options.settings)
         linears = [linear for linear in linears if linear.name in chosen]
-        record_path = options.record or output.with_suffix(".qbb")
+        lookups = [lookup for lookup in lookups if lookup.name in tables]
+        record_path = options.record or place.record
         if recipe in RECIPES:
             options.learning.refuse(recipe)
             with Record.open(record_path, recipe=recipe, settings=options.settings) as record:
-                layers = _quantize_all(linears, chosen, replace(options, recipe=recipe), record, tell)
+                layers = _quantize_all([*linears, *lookups], {**chosen, **tables}, options, recipe, record, tell)
         else:
             record, quantized = learn(
                 check_can_learn(torch_model, recipe, source),
@@ -180,19 +186,28 @@ def export(source: str, output: Path, options: ExportOptions, progress: Progress
             if record is None:  # another process of this run writes the file
                 return ExportReport(output, 0, 0, 0, (), ())
             layers = {name: _layer_report(name, layer, options) for name, layer in quantized.items()}
-        _rewrite(model, linears, layers, record, mode, fuse=options.fuse)
+            tables = {name: settings for name, settings in tables.items() if name not in layers}
+            if tables:  # no recipe learns them: they are quantised by their weights
+                own = [lookup for lookup in lookups if lookup.name in tables]
+                with Record.open(record_path, recipe=recipe) as writable:
+                    layers |= _quantize_all(own, tables, options, "fast", writable, tell)
+        _rewrite(model, linears, lookups, layers, record, mode, fuse=options.fuse)
     common.ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.producer_version = "qbb-export", None
     VerifyBinaryBasis()(model)
     comparisons: list[Comparison] = []
-    feeds, float_outputs = _float_outputs(model, source, torch_model) if options.verify else (None, None)
-    file_bytes = artifact.save(model, output, on_tensor=lambda done, total: tell("writing", done, total))
-    _write_tokenizer(torch_model, output)
-    if options.verify:
-        tell("verifying", 0, 1)
-        student = _student(torch_model, linears, record)
-        comparisons = _verify(model, output, student, feeds, float_outputs, options.mode)
-        tell("verifying", 1, 1)
+    feeds, expected = float_outputs(model, source, torch_model) if options.verify else (None, None)
+    try:
+        file_bytes = place.write(model, torch_model, lambda done, total: tell("writing", done, total))
+        if options.verify:
+            tell("verifying", 0, 1)
+            student = student_of(torch_model, linears, lookups, record)
+            comparisons = compare_all(model, place.file, student, feeds, expected, options.mode)
+            tell("verifying", 1, 1)
+    except BaseException:
+        place.abandon()
+        raise
+    place.commit()
     packed = sum(r.bits_per_weight * r.spec.K * r.spec.N / 8 for r in layers.values())
     return ExportReport(
         output=output,
@@ -208,6 +223,7 @@ def _quantize_all(
     linears: list[Linear],
     chosen: Mapping[str, QuantizeSettings],
     options: ExportOptions,
+    recipe: str,
     record: Record,
     tell: Callable[[str, int, int], None],
 ) -> dict[str, LayerReport]:
@@ -225,7 +241,7 @@ def _quantize_all(
             tell("quantising weights", base + finished * row, total)
 
         try:
-            layer = record.quantized(name, source, settings, str(options.recipe), on_rows)
+            layer = record.quantized(name, source, settings, recipe, on_rows)
         finally:
             source.close()
         done += linear.in_features * linear.out_features
@@ -241,7 +257,14 @@ def _layer_report(name: str, layer: Quantized, options: ExportOptions) -> LayerR
 
 
 def _rewrite(
-    model: ir.Model, linears: list[Linear], layers: Mapping[str, LayerReport], record: Record, mode: int, *, fuse: bool
+    model: ir.Model,
+    linears: list[Linear],
+    lookups: list[Linear],
+    layers: Mapping[str, LayerReport],
+    record: Record,
+    mode: int,
+    *,
+    fuse: bool,
 ) -> None:
     @functools.lru_cache(maxsize=_KEPT_LAYERS)
     def initializers(name: str) -> tuple[Array, ...]:
@@ -249,7 +272,9 @@ def _rewrite(
         return to_layout(layer.words, layer.scales, layer.offset, layers[name].spec)
 
     NormalizeLinears(linears)(model)
-    BinarizeLinears({name: _packed(report, initializers) for name, report in layers.items()}, mode)(model)
+    packed = {name: _packed(report, initializers) for name, report in layers.items()}
+    BinarizeLinears({linear.name: packed[linear.name] for linear in linears}, mode)(model)
+    BinarizeLookups({lookup.name: packed[lookup.name] for lookup in lookups})(model)
     if fuse:
         FuseLinears()(model)
     AttachFunctionBody()(model)
@@ -271,83 +296,3 @@ def _packed(report: LayerReport, initializers: Callable[[str], tuple[Array, ...]
         scales=lazy(1, spec.scales_shape, report.scale_type),
         offset=lazy(2, spec.offset_shape, ir.DataType.FLOAT) if report.offset else None,
     )
-
-
-def _write_tokenizer(loaded: TorchModel | None, output: Path) -> None:
-    """Keep the tokenizer beside the model, so that ``qbb eval`` needs nothing else."""
-    if loaded is None or loaded.tokenizer is None:
-        return
-    path = output.with_suffix(".tokenizer.json")
-    try:
-        write_whole(path, loaded.tokenizer.read_bytes())
-    except OSError as error:
-        raise QbbError("cannot write the tokenizer", where=path, got=error) from error
-
-
-def _float_outputs(model: ir.Model, source: str, loaded: TorchModel | None) -> tuple[Arrays | None, Arrays | None]:
-    """Inputs to compare on, and what the float model makes of them.
-
-    No outputs where running it would take too much memory; no inputs either where the model does not take what we
-    make up (an .onnx file does not say what its integers mean).
-    """
-    if loaded is not None:
-        from qbb_export.module import run_module
-
-        names = [value.name or "" for value in model.graph.outputs]
-        feeds = verification.sample_inputs(loaded.inputs or verification.graph_inputs(model), loaded.tokenizer)
-        return feeds, run_module(loaded.module, feeds, names, by_name=loaded.program is None)
-    feeds = verification.sample_inputs(verification.graph_inputs(model), None)
-    if not verification.body_is_affordable(model):
-        return feeds, None
-    try:
-        return feeds, verification.run_file(Path(source), feeds, library=False)
-    except QbbError:
-        return None, None
-
-
-def _student(loaded: TorchModel | None, linears: list[Linear], record: Record | None) -> TorchModel | None:
-    """The PyTorch model with the quantised weights in it, in float32; it takes the float model's place."""
-    if loaded is None:
-        return None
-    from qbb_export.module import make_student
-
-    # Names as they were before the graph was rewritten: those of the parameters.
-    owners = {linear.weight.name or "": linear for linear in linears}
-    layers = {} if record is None else {name: record.load(linear.name) for name, linear in owners.items()}
-    flipped = {name for name, linear in owners.items() if not linear.transposed}
-    return replace(loaded, module=make_student(loaded.module, layers, flipped).float())
-
-
-def _verify(
-    model: ir.Model,
-    output: Path,
-    student: TorchModel | None,
-    feeds: Arrays | None,
-    float_outputs: Arrays | None,
-    mode: str,
-) -> list[Comparison]:
-    """The verification table: library in exact mode against student and function body; against the float model, and of
-    another mode, for information.
-    """
-    if feeds is None:
-        return verification.check_layers(output)
-    ours = verification.run_file(output, feeds, library=True)
-    rows: list[Comparison] = []
-    if student is not None:
-        from qbb_export.module import run_module
-
-        expected = run_module(student.module, feeds, list(ours), by_name=student.program is None)
-        rows += verification.compare("library / student", ours, expected, verification.STUDENT_BOUND)
-    if not verification.body_is_affordable(model):
-        rows += verification.check_layers(output)
-    elif binary_basis_nodes(model):
-        body = verification.run_file(output, feeds, library=False)
-        rows += verification.compare("body / library", body, ours, verification.BODY_BOUND)
-    if float_outputs is not None:
-        rows += verification.compare("library / float model", ours, float_outputs, None)
-    if mode != "exact":
-        rounded = verification.run_file(output, feeds, library=True, mode=mode)
-        rows += verification.compare(f"library, {mode} / exact", rounded, ours, None)
-        if float_outputs is not None:
-            rows += verification.compare(f"library, {mode} / float model", rounded, float_outputs, None)
-    return rows

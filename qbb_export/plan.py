@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from qbb_export import artifact
+from qbb_export.destination import destination
 from qbb_export.distill.cost import Matrix, Need, needs, start_need
 from qbb_export.distill.settings import ModelRecipe, gptq_before
 from qbb_export.distill.timing import seconds_at
@@ -111,7 +111,7 @@ def make_plan(source: str, output: Path, options: ExportOptions) -> Plan:
     Raises:
         QbbError: whatever the export would refuse before its work.
     """
-    artifact.check_writable(output, force=options.force)
+    destination(output, options.folder).check(force=options.force)
     began = time.perf_counter()
     model = open_model(source, options.load, options.selection, options.settings)
     base = _resident()

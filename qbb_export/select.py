@@ -16,6 +16,8 @@ from qbb_export.quantize import QuantizeSettings
 
 # "layers.3." in "model.layers.3.mlp.up_proj", "/layer.3/" in an ONNX node's name: a member of a repeated block.
 _NUMBERED = re.compile(r"(^|[./_])\d+[./]")
+# What may stand between the head's product and the logits.
+_BEHIND_HEADS = frozenset({"Add", "Mul", "Div", "Tanh", "Cast", "Where"})
 _OVERRIDES = ("bases", "group_size", "offset")
 
 
@@ -57,11 +59,16 @@ class Selection:
         include: name patterns (``*``, ``?``, ``[…]``) of layers to add to the default choice.
         exclude: name patterns of layers to take out of the default choice.
         overrides: settings of single layers; a later one wins.
+        head_bases: of the output head, which is left as it is without.
+        embedding_bases: of the table of embeddings, which is left as it is without; one that is also the head shares
+            the head's bits, so the numbers have to be equal.
     """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
+    head_bases: int | None = None
+    embedding_bases: int | None = None
 
 
 def select_layers(
@@ -77,7 +84,8 @@ def select_layers(
     1. by default: the linear layers of numbered blocks (``layers.0.…``); all of them where no name has a number;
        never one whose product is a graph output (the head), unless nothing else is left
     2. minus ``exclude``, plus ``include``: so ``--exclude '*' --include X`` is X alone
-    3. ``overrides`` change settings, they choose nothing
+    3. plus the head, with ``head_bases``
+    4. ``overrides`` change settings, they choose nothing
 
     Args:
         model: the graph.
@@ -100,7 +108,10 @@ def select_layers(
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise _no_match(option, pattern, names, rejected, _kinds(model, owners or {}))
     chosen = [name for name in default_layers(linears) if not _fits(name, selection.exclude)]
-    chosen = [name for name in names if name in set(chosen) or _fits(name, selection.include)]
+    heads = {linear.name for linear in linears if _is_head(linear)} if selection.head_bases is not None else set()
+    if selection.head_bases is not None and not heads:
+        raise QbbError("no linear layer gives an output of the model", where="--head-bases")
+    chosen = [name for name in names if name in {*chosen, *heads} or _fits(name, selection.include)]
     if not chosen:
         reasons = sorted({r.reason for r in rejected})
         raise QbbError(
@@ -110,7 +121,7 @@ def select_layers(
         )
     result = {}
     for name in chosen:
-        result[name] = settings
+        result[name] = replace(settings, bases=selection.head_bases) if name in heads else settings  # type: ignore[arg-type]
         for override in selection.overrides:
             if fnmatchcase(name, override.pattern):
                 result[name] = replace(result[name], **override.values)  # type: ignore[arg-type]
@@ -126,10 +137,52 @@ def default_layers(linears: Sequence[Linear]) -> list[str]:
 
 
 def _is_head(linear: Linear) -> bool:
-    """Whether the product, with or without a bias added, is a graph output."""
-    product = linear.node.outputs[0]
-    after = [usage.node.outputs[0] for usage in product.uses() if usage.node.op_type == "Add"]
-    return any(value.is_graph_output() for value in (product, *after))
+    """Whether the product is a graph output: as it is, or with a bias, a scale or a soft cap, in another type."""
+    value = linear.node.outputs[0]
+    while not value.is_graph_output():
+        users = {usage.node for usage in value.uses()}
+        if len(users) != 1 or (node := users.pop()).op_type not in _BEHIND_HEADS:
+            return False
+        value = node.outputs[0]
+    return True
+
+
+def select_lookups(
+    lookups: Sequence[Linear],
+    linears: Sequence[Linear],
+    chosen: Mapping[str, QuantizeSettings],
+    selection: Selection,
+    settings: QuantizeSettings,
+) -> dict[str, QuantizeSettings]:
+    """The tables of embeddings to quantise, each with its settings; none without ``embedding_bases``.
+
+    Args:
+        lookups: of the graph, see ``find_lookups``.
+        linears: all linear layers of the graph.
+        chosen: those to quantise and their settings; a table that is also one of them has its settings.
+        selection: what the user asked for.
+        settings: of all layers without an override.
+
+    Raises:
+        QbbError: no table in the graph, or one that is also a layer with another number of bases, or a float one.
+    """
+    bases = selection.embedding_bases
+    if bases is None:
+        return {}
+    # The largest one is of tokens; others are of positions and segments.
+    tables = sorted({lookup.name: lookup for lookup in lookups}.values(), key=lambda table: table.out_features)[-1:]
+    if not tables:
+        raise QbbError("no table of embeddings in the graph", where="--embedding-bases")
+    (table,) = tables
+    if table.name in chosen:
+        if chosen[table.name].bases != bases:
+            got = f"{bases} and {chosen[table.name].bases}"
+            raise QbbError("embedding and head are one matrix", where=table.name, expected="equal bases", got=got)
+        return {table.name: chosen[table.name]}
+    if any(linear.weight is table.weight for linear in linears):
+        expected = f"--head-bases {bases}, too"
+        raise QbbError("embedding and head are one matrix", where=table.name, expected=expected)
+    return {table.name: replace(settings, bases=bases)}
 
 
 def _fits(name: str, patterns: Iterable[str]) -> bool:

@@ -91,3 +91,11 @@ def parameter_owners(loaded: TorchModel) -> dict[str, str]:
         for place, module in loaded.module.named_modules(remove_duplicate=False)
         for name, _ in module.named_parameters(recurse=False)
     }
+
+
+def embedding_name(loaded: TorchModel, parameter: str) -> str:
+    """The name that the table of embeddings has as such, of a parameter that may be tied to the head."""
+    own = dict(loaded.module.named_parameters(remove_duplicate=False))
+    kinds = parameter_owners(loaded)
+    names = [name for name, value in own.items() if value is own[parameter] and "Embedding" in kinds[name]]
+    return names[0] if names else parameter

@@ -19,6 +19,7 @@ from qbb_export.passes.function_body import MIN_IR_VERSION, MIN_OPSET, AttachFun
 from qbb_export.passes.verify import node_spec
 from qbb_export.reference import binary_basis_matmul
 from qbb_export.runtimes import ort
+from qbb_export.runtimes.decoder import PRESENT, empty_cache
 from qbb_export.source import InputSpec
 
 Array = npt.NDArray[Any]
@@ -86,7 +87,8 @@ def compare(
             )
         if not np.issubdtype(expected.dtype, np.floating):
             continue
-        limit = max(bound, HALF_BOUND) if bound is not None and expected.dtype == np.float16 else bound
+        half = np.float16 in (got.dtype, expected.dtype)
+        limit = max(bound, HALF_BOUND) if bound is not None and half else bound
         a, b = got.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
         peak = float(np.abs(b).max(initial=0.0))
         difference = float(np.abs(a - b).max(initial=0.0))
@@ -141,16 +143,23 @@ def graph_inputs(model: ir.Model) -> tuple[InputSpec, ...]:
     return tuple(specs)
 
 
+def results_of(model: ir.Model) -> list[str]:
+    """Names of the outputs that are results, the cache left out."""
+    return [value.name or "" for value in model.graph.outputs if not (value.name or "").startswith(PRESENT)]
+
+
 def run_file(path: Path, feeds: Mapping[str, Array], *, library: bool, mode: str = "exact") -> Arrays:
-    """Run a file in ONNX Runtime, with our library in one mode or through the function body.
+    """Run a file in ONNX Runtime, with our library in one mode or through the function body. A decoder with a cache
+    starts with an empty one, and what it leaves there is no result.
 
     Raises:
         QbbError: ONNX Runtime cannot run it on these inputs.
     """
     session = ort.session(path, library=library, mode=mode, check_data=library)
-    names = [value.name for value in session.get_outputs()]
+    names = [value.name for value in session.get_outputs() if not value.name.startswith(PRESENT)]
     try:
-        return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+        batch = len(next(iter(feeds.values()), ()))
+        return dict(zip(names, session.run(names, {**feeds, **empty_cache(session, batch)}), strict=True))
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise QbbError("ONNX Runtime cannot run the model", where=path, got=error) from error
 

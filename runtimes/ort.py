@@ -24,6 +24,7 @@ def session(
     device: str = "cpu",
     library: bool = True,
     mode: str | None = None,
+    threads: int | None = None,
     options: onnxruntime.SessionOptions | None = None,
     check_data: bool = True,
 ) -> onnxruntime.InferenceSession:
@@ -34,6 +35,7 @@ def session(
         device: ``"cpu"``, or ``"cuda"`` for the first NVIDIA GPU (package onnxruntime-gpu).
         library: False leaves our library out, so that ``BinaryBasisMatMul`` runs through the function body in the file.
         mode: ``"exact"``, ``"int8"`` or ``"int16"`` for all nodes, whatever mode they name; None leaves it to them.
+        threads: of one operator; None: ONNX Runtime's choice.
         options: session options to extend; the library is registered on them.
         check_data: False skips the digest of the weights, which reads all of them once.
 
@@ -52,6 +54,8 @@ def session(
     path = Path(path)
     model = gate.check(path, data=check_data)
     options = options or onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
     if mode is not None:
         options.add_session_config_entry("qbb.mode", MODES[mode_number(mode)])  # read when the library is registered
     if library and binary_basis_nodes(model):

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 
 from qbb_export.cli import eval as evaluate
-from qbb_export.cli import export, report, study
+from qbb_export.cli import export, report, run, study
 from qbb_export.cli.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, SPEAKS, Parser
 from qbb_export.errors import QbbError
 
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=Parser)
     export.add_arguments(verbs.add_parser("export", help="quantise a model and write it as ONNX (same as qbb-export)"))
     evaluate.add_arguments(verbs.add_parser("eval", help="compare models on a text: perplexity, KL, embeddings"))
+    run.add_arguments(verbs.add_parser("run", help="continue a prompt with a folder that qbb-export wrote"))
     report.add_arguments(verbs.add_parser("report", help="one page that shows what a record holds, and JSON"))
     study.add_arguments(verbs.add_parser("study", help="the QBB paper's figures for a model, kept in a record"))
     library = verbs.add_parser("library", help="print the path for RegisterCustomOpsLibrary")

@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``qbb eval``."""
     add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help=".onnx, Hugging Face folder or hub id")
+    add("models", nargs="+", metavar="MODEL", help=".onnx, folder that can generate, Hugging Face folder or hub id")
     add("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text; for encoders one sentence a line")
     add("--reference", metavar="MODEL", help="compare with this one, as a rule the float model; encoders need it")
     add("--window", type=int, default=1024, help="tokens per window, or per sentence at most (default 1024)")
     add("--windows", type=int, metavar="N", help="stop after so many windows or sentences")
+    add("--chunk", type=int, metavar="N", help="folders: N tokens a run, through the cache (default: a window)")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json (default: the models' own)")
     add("--device", default="cpu", help="where PyTorch runs folders and hub ids: cpu, cuda, … (default cpu)")
     add("--no-library", action="store_true", help="run the function body instead of our kernel")
@@ -57,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
             library=not options.no_library,
             mode=options.mode,
             device=options.device,
+            chunk=options.chunk,
             on_step=tell,
         )
     if options.json:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``qbb-export`` and ``qbb export``."""
     add = parser.add_argument
     add("source", metavar="MODEL", help="Hugging Face folder or hub id, .onnx, .safetensors, .pt, .pt2")
-    add("-o", "--output", type=Path, required=True, metavar="FILE.onnx", help="where to write")
+    add("-o", "--output", type=Path, required=True, metavar="FILE.onnx|DIR", help="where to write; a DIR can generate")
     add("--force", action="store_true", help="replace an existing output")
     add("--no-verify", action="store_true", help="do not open and compare the written file")
     add("--record", type=Path, metavar="DIR", help="per-layer results, for resuming (default: FILE.qbb)")
@@ -61,6 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layers.add_argument("--include", action="append", default=[], metavar="PATTERN", help="also these, e.g. lm_head")
     layers.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="not these, e.g. '*.0.*'")
     layers.add_argument("--layer", action="append", default=[], metavar="PATTERN:KEY=VALUE,…", help="other settings")
+    layers.add_argument(
+        "--head-bases", type=int, metavar="N", help="quantise the output head, too (default: it is not)"
+    )
+    layers.add_argument(
+        "--embedding-bases",
+        type=int,
+        metavar="N",
+        help="quantise the embeddings, too; one matrix with the head is stored once (default: no)",
+    )
     loading = parser.add_argument_group("opening MODEL")
     loading.add_argument("--model", metavar="MODULE:CALLABLE", help="builds the module for a state dict")
     loading.add_argument("--config", type=Path, metavar="DIR", help="Hugging Face folder that fits a state dict")
@@ -72,6 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="exact",
         help="activations: as they are, or rounded per group to 8 or 16 bits: faster on CPUs (default: exact)",
     )
+    folder = parser.add_argument_group("a folder for onnxruntime-genai (-o DIR, decoders only)")
+    folder.add_argument(
+        "--dtype", choices=("float32", "float16"), help="of activations and cache (default: float32, on GPUs float16)"
+    )
+    folder.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="where it will run (default: cpu)")
+    folder.add_argument("--portable", action="store_true", help="without our library: any machine, slower")
     parser.add_argument("--layout", choices=("tiled", "rows"), default="tiled", help="order of the packed words")
     parser.add_argument("--no-fuse", action="store_true", help="keep layers apart that share their input (q, k, v)")
     parser.set_defaults(run=run)
@@ -79,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Export and print the report; returns the exit code."""
+    from qbb_export.destination import FolderOptions
     from qbb_export.distill.settings import LearningOptions
     from qbb_export.format import LAYOUT_ROWS, LAYOUT_TILED
     from qbb_export.pipeline import ExportOptions, export
@@ -92,7 +108,11 @@ def run(options: argparse.Namespace) -> int:
         recipe=options.recipe,
         settings=settings,
         selection=Selection(
-            tuple(options.include), tuple(options.exclude), tuple(Override.parse(text) for text in options.layer)
+            tuple(options.include),
+            tuple(options.exclude),
+            tuple(Override.parse(text) for text in options.layer),
+            options.head_bases,
+            options.embedding_bases,
         ),
         load=LoadOptions(
             options.model, options.config, options.trust_pickle, tuple(InputSpec.parse(text) for text in options.input)
@@ -102,6 +122,7 @@ def run(options: argparse.Namespace) -> int:
         fuse=not options.no_fuse,
         device=options.device or default_device(options.source),
         learning=LearningOptions(options.budget, options.steps, options.calibration, options.start),
+        folder=FolderOptions(options.dtype, options.provider, options.portable),
         record=options.record,
         force=options.force,
         verify=not options.no_verify,

@@ -20,6 +20,7 @@ from qbb_export.evaluate.results import (
 from qbb_export.evaluate.runners import Array, Ids, Runner, open_runner
 from qbb_export.evaluate.sizes import bits_per_weight, file_bytes
 from qbb_export.evaluate.text import encode_alike, given_tokenizer, sentence_ids, windows
+from qbb_export.generation.folder import onnx_file
 from qbb_export.tokens import read_text
 
 __all__ = ["EncoderResult", "LanguageResult", "evaluate", "kl_and_nll", "mean_interval", "perplexity", "token_nll"]
@@ -39,6 +40,7 @@ def evaluate(
     library: bool = True,
     mode: str | None = None,
     device: str = "cpu",
+    chunk: int | None = None,
     on_step: OnStep | None = None,
 ) -> list[LanguageResult] | list[EncoderResult]:
     """Run models on a text, all of them on one window before the next, so that no logits are kept.
@@ -47,7 +49,7 @@ def evaluate(
     Encoders see one sentence a line, with special tokens; the embedding is the mean over tokens.
 
     Args:
-        models: .onnx files, Hugging Face folders or hub ids, all of one kind.
+        models: .onnx files, folders of decoders, Hugging Face folders or hub ids, all of one kind.
         text: UTF-8 file.
         reference: the model to compare with, as a rule the float one; encoders need it.
         window: tokens per window, or per sentence at most.
@@ -56,6 +58,7 @@ def evaluate(
         library: for .onnx files; False runs the function body instead of our kernel.
         mode: for .onnx files: of our kernels, see ``format.MODES``; None: as the file says.
         device: for the others: where PyTorch runs them.
+        chunk: for folders of decoders: tokens of a run, which finds those before them in the cache; None: a window.
         on_step: told the progress.
 
     Returns:
@@ -69,10 +72,12 @@ def evaluate(
         raise QbbError("window is too short", where="--window", expected=">= 2", got=window)
     if max_windows is not None and max_windows < 1:
         raise QbbError("too few windows", where="--windows", expected=">= 1", got=max_windows)
+    if chunk is not None and chunk < 1:
+        raise QbbError("too few tokens a run", where="--chunk", expected=">= 1", got=chunk)
     content = read_text(text)  # what can be refused early is refused before a model is opened
     chosen = None if tokenizer is None else given_tokenizer(tokenizer)
     sources = [*models] if reference is None else [reference, *models]
-    runners = _open(sources, library, mode, device)
+    runners = _open(sources, library, mode, device, chunk)
     if reference is None and not runners[0].language_model:
         what = "not a language model, and encoders are compared with a reference"
         raise QbbError(what, where=sources[0], expected="an output logits, or --reference MODEL")
@@ -94,11 +99,13 @@ def evaluate(
     return _encoders(runners, sizes, ids, sentences, tell)
 
 
-def _open(sources: Sequence[str | Path], library: bool, mode: str | None, device: str) -> list[Runner]:
+def _open(
+    sources: Sequence[str | Path], library: bool, mode: str | None, device: str, chunk: int | None
+) -> list[Runner]:
     """All models, which are of one kind."""
     runners: list[Runner] = []
     for source in sources:
-        runners.append(open_runner(source, library=library, mode=mode, device=device))
+        runners.append(open_runner(source, library=library, mode=mode, device=device, chunk=chunk))
         first, last = runners[0], runners[-1]
         if first.language_model != last.language_model:
             expected = f"{_kind(first)} like {first.source}"
@@ -111,9 +118,9 @@ def _kind(runner: Runner) -> str:
 
 
 def _size(source: str | Path) -> ModelSize:
-    path = Path(source)
-    size = file_bytes(path)
-    bits = bits_per_weight(path) if path.suffix == ".onnx" else None
+    path = onnx_file(source)
+    size = file_bytes(path or Path(source))
+    bits = None if path is None else bits_per_weight(path)
     return ModelSize(str(source), None if size is None else size / 1e6, bits)
 
 

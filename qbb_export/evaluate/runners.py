@@ -12,7 +12,9 @@ import numpy.typing as npt
 
 from qbb_export.errors import QbbError
 from qbb_export.evaluate.text import tokenizer_beside
+from qbb_export.generation.folder import onnx_file
 from qbb_export.runtimes import ort
+from qbb_export.runtimes.decoder import Decoder, empty_cache
 
 Array = npt.NDArray[Any]
 Ids = npt.NDArray[np.int64]
@@ -107,25 +109,33 @@ class OnnxRunner(Runner):
         library: False runs the function body instead of our kernel.
         mode: of our kernels; None: as the file says.
         options: ``onnxruntime.SessionOptions``, for the number of threads and the like.
+        chunk: tokens of a run, which finds those before them in the cache; None: all tokens in one run.
 
     Raises:
-        QbbError: ONNX Runtime cannot open it, or it has inputs that cannot be made up from token ids.
+        QbbError: ONNX Runtime cannot open it, it has inputs that cannot be made up from token ids, or no cache for
+            ``chunk``.
     """
 
-    def __init__(self, path: Path, *, library: bool = True, mode: str | None = None, options: Any = None) -> None:
-        self.source = str(path)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        library: bool = True,
+        mode: str | None = None,
+        options: Any = None,
+        chunk: int | None = None,
+    ) -> None:
+        self.source, self._chunk = str(path), chunk
         self._session = ort.session(path, library=library, mode=mode, options=options)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         names = [value.name for value in inputs]
         if "input_ids" not in names:
             raise QbbError("not a model of text", where=path, expected="an input input_ids", got=names)
         self._types = {value.name: _TYPES[value.type] for value in inputs if value.type in _TYPES}
-        # A decoder exported with its cache starts with an empty one: [batch, heads, 0, d].
-        self._empty = {
-            value.name: tuple(d if isinstance(d, int) else int(axis == 0) for axis, d in enumerate(value.shape))
-            for value in inputs
-            if value.name.startswith("past_key_values.")
-        }
+        # A decoder exported with its cache starts with an empty one.
+        self._empty = empty_cache(self._session, batch=1)
+        if chunk is not None and not self._empty:
+            raise QbbError("has no cache", where=path, expected="a folder of a decoder", got="--chunk")
         fed = self._types.keys() & {*_FEEDS, *self._empty}
         if fed != set(names):
             known = f"{', '.join(_FEEDS)} or past_key_values.*, of int or float"
@@ -139,8 +149,12 @@ class OnnxRunner(Runner):
 
     def outputs(self, ids: Ids) -> dict[str, Array]:
         """See :class:`Runner`."""
+        if self._chunk is not None:
+            decoder = Decoder(self._session, ids.shape[1])
+            parts = [decoder.step(ids[:, at : at + self._chunk]) for at in range(0, ids.shape[1], self._chunk)]
+            return {"logits": np.concatenate(parts, axis=1)}
         feeds = {
-            name: np.zeros(self._empty[name], dtype) if name in self._empty else _FEEDS[name](ids).astype(dtype)
+            name: self._empty[name] if name in self._empty else _FEEDS[name](ids).astype(dtype)
             for name, dtype in self._types.items()
         }
         try:
@@ -150,23 +164,34 @@ class OnnxRunner(Runner):
         return dict(zip(self._wanted, results, strict=True))
 
 
-def open_runner(source: str | Path, *, library: bool = True, mode: str | None = None, device: str = "cpu") -> Runner:
+def open_runner(
+    source: str | Path,
+    *,
+    library: bool = True,
+    mode: str | None = None,
+    device: str = "cpu",
+    chunk: int | None = None,
+) -> Runner:
     """Open a model for evaluation.
 
     Args:
-        source: an .onnx file, or a Hugging Face folder or hub id.
-        library: for .onnx files; False runs the function body instead of our kernel.
-        mode: for .onnx files: of our kernels; None: as the file says.
+        source: an .onnx file, a folder of a decoder that we wrote, or a Hugging Face folder or hub id.
+        library: for the first two; False runs the function body instead of our kernel.
+        mode: for the first two: of our kernels; None: as the file says.
         device: for the others: ``"cpu"`` or a PyTorch device such as ``"cuda"``.
+        chunk: for a folder of a decoder: tokens of a run; None: all in one.
 
     Raises:
         QbbError: it does not exist, cannot be read, or is no model of text.
     """
-    path = Path(source)
-    if path.suffix == ".onnx":
-        return OnnxRunner(path, library=library, mode=mode)
-    if path.is_file():
-        raise QbbError("cannot be evaluated", where=path, expected="an .onnx file, or a Hugging Face folder or hub id")
+    path = onnx_file(source)
+    if path is not None:
+        # Of several models those without a cache run whole windows.
+        return OnnxRunner(path, library=library, mode=mode, chunk=None if path == Path(source) else chunk)
+    if Path(source).is_file():
+        raise QbbError(
+            "cannot be evaluated", where=source, expected="an .onnx file, or a Hugging Face folder or hub id"
+        )
     try:
         from qbb_export.evaluate.torch_runner import TorchRunner
     except ImportError:

@@ -198,7 +198,7 @@ def test_float_recipe_writes_a_plain_model(tmp_path):
         (["gone.pt"], "no such file or folder"),
         (["in.onnx", "-o", "gone/m.onnx"], "output folder does not exist"),
         (["in.onnx", "-o", "in.onnx"], "output exists already (--force replaces it)"),
-        (["in.onnx", "-o", "m.bin"], "wrong suffix"),
+        (["in.onnx", "-o", "m.bin"], "a folder is made from a model of transformers"),
         (["in.onnx", "--bases", "9"], "--bases: bad number of bases; expected 1..8; got 9"),
         (["in.onnx", "--bases", "x"], "invalid int value"),
         (["in.onnx", "--group-size", "48"], "bad group size"),

@@ -68,3 +68,66 @@ def tiny(family: str, folder: Path) -> tuple[Path, int]:
     model_class, config, layers = models[family]
     model_class(config).save_pretrained(folder)
     return folder, layers
+
+
+def byte_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer of 280 tokens, as onnxruntime-genai can read it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280,
+        special_tokens=["<end>", "<start>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        ["the cat sat on the mat and the dog sat on the cat with that other hat"] * 4, trainer
+    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<start>")
+    wrapped.save_pretrained(folder)
+
+
+def tiny_decoder(family: str, folder: Path, **changes: object) -> tuple[Path, int]:
+    """A Hugging Face folder of two random blocks with a tokenizer, and the number of its blocks' linear layers.
+
+    Weights of norms and biases are random, too: a builder that forgets one is found out.
+    """
+    import transformers
+
+    torch.manual_seed(7)
+    common = {
+        "vocab_size": 288, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.1,
+        "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+    own: dict[str, tuple[str, dict[str, object], int]] = {
+        "llama": ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}, 14),
+        "mistral": ("Mistral", {"sliding_window": 8}, 14),
+        "qwen2": ("Qwen2", {}, 14),
+        "qwen3": ("Qwen3", {"tie_word_embeddings": True}, 14),
+        "phi": ("Phi", {"num_key_value_heads": 4, "head_dim": 32, "hidden_size": 128}, 12),
+        "phi3": ("Phi3", {"original_max_position_embeddings": 128}, 8),
+        "gemma": ("Gemma", {}, 14),
+        "gemma2": ("Gemma2", {"query_pre_attn_scalar": 16, "sliding_window": 8}, 14),
+        "gemma3": (
+            "Gemma3",
+            {
+                "query_pre_attn_scalar": 16,
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            14,
+        ),
+    }
+    name, options, layers = own[family]
+    config_class = getattr(transformers, f"{name}TextConfig" if family == "gemma3" else f"{name}Config")
+    model = getattr(transformers, f"{name}ForCausalLM")(config_class(**{**common, **options, **changes}))
+    for parameter in (p for p in model.parameters() if p.dim() == 1):
+        nn.init.normal_(parameter, parameter.mean().item(), 0.2)
+    model.save_pretrained(folder)
+    byte_tokenizer(folder)
+    return folder, layers
