@@ -4,9 +4,9 @@
     python benchmarks/generate.py FOLDER FOLDER@int8 … --threads 2
 
 With ``--shape``, a model of that shape with random weights is made in DIR, and from it: float32, 4 bits as the model
-builder of onnxruntime-genai makes them (int8 activations), and ours at 4, 3 and 2 bases, head and embeddings at 4 (recipe
-``rtn``: speed does not depend on what the bits say). All are open at the same time and take turns; the figure is the median. Memory is what
-opening a folder and a first answer add to the process.
+builder of onnxruntime-genai makes them (int8 activations), and ours at 4, 3 and 2 bases, head and embeddings at 4
+(recipe ``rtn``: speed does not depend on what the bits say). All are open at the same time and take turns; the figure
+is the median. Memory is what opening a folder and a first answer add to the process.
 """
 
 from __future__ import annotations
