@@ -36,7 +36,7 @@ def small(name, recipe):
     return replace(recipe, text=text, sweep=sweep, distill=phases)
 settings.MODEL_RECIPES = MappingProxyType({n: small(n, r) for n, r in settings.MODEL_RECIPES.items()})
 import torch
-from qbb_export import pipeline
+from qbb_export import destination
 from qbb_export.cli import export_main
 from qbb_export.distill import run
 from qbb_export.source import LoadOptions
@@ -47,8 +47,8 @@ os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 def command(recipe, model, output):
     return export_main([model, "-o", output, "--recipe", recipe, "--group-size", "32", "--bases", "2", "--force"])
 command("float", *sys.argv[1:])  # imports what an export needs
-captured = pipeline.capture(sys.argv[1], LoadOptions())
-pipeline.capture = lambda *_: captured
+captured = destination.capture(sys.argv[1], LoadOptions())
+destination.capture = lambda *_: captured
 while line := sys.stdin.readline():
     child = os.fork()
     if child == 0:

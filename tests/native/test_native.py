@@ -168,6 +168,7 @@ def test_plain_cpus_get_the_scalar_kernel(tmp_path: Path) -> None:
     sources = [
         *OPS.glob("core/*.cc"),
         *(OPS / f"cpu/{n}.cc" for n in ("dispatch", "ops", "scalar")),
+        OPS / "cuda/absent.cc",
         OPS / "ort/adapter.cc",
     ]
     library = tmp_path / "libqbb_ops.so"
