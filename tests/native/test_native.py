@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler: set CXX")
 
 def run(*command: object, **options: object) -> str:
     """The output of a command that must succeed."""
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300, **options)
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=900, **options)
     assert done.returncode == 0, f"{command[0]} gave {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
