@@ -28,6 +28,7 @@ from rich.table import Table
 
 import timing
 from qbb_export.cli import export_main
+from qbb_export.runtimes.genai import open_folder
 
 MODES = ("exact", "int8")
 HEAD = ("--head-bases", "4", "--embedding-bases", "4")  # the builder's 4 bits are for the head, too
@@ -57,22 +58,19 @@ class Talker:
     """A folder, open in onnxruntime-genai."""
 
     def __init__(self, folder: Path, mode: str, threads: int, length: int) -> None:
-        import onnxruntime_genai as genai
-
-        self.folder, self.mode, self._genai = folder, mode, genai
+        self.folder, self.mode, self._length = folder, mode, length
         entries: dict[str, Any] = {"intra_op_num_threads": threads, "session.force_spinning_stop": "1"}
         if mode:
             entries["qbb.mode"] = mode
-        config = genai.Config(str(folder))
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": entries}}}))
-        self._model = genai.Model(config)
-        self._length = length
+        self._model = open_folder(folder, entries)
 
     def answer(self, prompt: list[int], new: int) -> tuple[float, list[float]]:
         """Seconds of the prompt, and of each token after it."""
-        params = self._genai.GeneratorParams(self._model)
+        import onnxruntime_genai as genai
+
+        params = genai.GeneratorParams(self._model)
         params.set_search_options(max_length=self._length, min_length=self._length, do_sample=False)
-        generator = self._genai.Generator(self._model, params)
+        generator = genai.Generator(self._model, params)
         start = time.perf_counter()
         generator.append_tokens(prompt)
         generator.generate_next_token()

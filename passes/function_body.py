@@ -12,13 +12,28 @@ MIN_OPSET = 13
 MIN_IR_VERSION = 8  # model-local functions
 
 # Right shifts that bring inputs 0-3, 4-7, ..., 28-31 of a word into its low four bits.
-NIBBLE_SHIFTS = {
+_NIBBLE_SHIFTS = {
     LAYOUT_ROWS: "0, 4, 8, 12, 16, 20, 24, 28",
     LAYOUT_TILED: "0, 8, 16, 24, 4, 12, 20, 28",
 }
 
 # The signs of the four inputs in each of the sixteen nibbles, lowest bit first.
-SIGNS = ", ".join(str(2 * (nibble >> bit & 1) - 1) for nibble in range(16) for bit in range(4))
+_SIGNS = ", ".join(str(2 * (nibble >> bit & 1) - 1) for nibble in range(16) for bit in range(4))
+
+
+# ONNX text: signs float32 [..., W, 8, 4] of words uint32 [..., W, 1], with the constants below.
+SIGN_STEPS = """nibble_low = BitShift <direction = "RIGHT"> (word_column, nibble_shifts)
+          nibble_high = BitShift <direction = "LEFT"> (nibble_low, drop)
+          nibble = BitShift <direction = "RIGHT"> (nibble_high, drop)
+          nibble_index = Cast <to = 6> (nibble)
+          signs_by_nibble = Gather (sign_table, nibble_index)"""
+
+
+def sign_constants(layout: int) -> str:
+    """ONNX text of the constants that ``SIGN_STEPS`` use."""
+    return f"""nibble_shifts = Constant <value = uint32[8] {{{_NIBBLE_SHIFTS[layout]}}}> ()
+        drop = Constant <value = uint32[1] {{28}}> ()
+        sign_table = Constant <value = float[16, 4] {{{_SIGNS}}}> ()"""
 
 
 def _rows(layout: int, source: str, result: str) -> str:
@@ -56,9 +71,7 @@ def _text(layout: int, opset: int, cast: str) -> str:
         minus_1 = Constant <value = int64[1] {{-1}}> ()
         word_bits = Constant <value = int64[1] {{{WORD_BITS}}}> ()
         row_factor = Constant <value = int64[1] {{{row_factor}}}> ()
-        nibble_shifts = Constant <value = uint32[8] {{{NIBBLE_SHIFTS[layout]}}}> ()
-        drop = Constant <value = uint32[1] {{28}}> ()
-        sign_table = Constant <value = float[16, 4] {{{SIGNS}}}> ()
+        {sign_constants(layout)}
         K_scalar = Constant <value_int: int = @K> ()
         N_scalar = Constant <value_int: int = @N> ()
         group_scalar = Constant <value_int: int = @group_size> ()
@@ -98,11 +111,7 @@ def _text(layout: int, opset: int, cast: str) -> str:
         {_rows(layout, "words", "word_rows")}
         {_rows(layout, "scales", "scale_rows")}
           word_column = Unsqueeze (word_rows, two)
-          nibble_low = BitShift <direction = "RIGHT"> (word_column, nibble_shifts)
-          nibble_high = BitShift <direction = "LEFT"> (nibble_low, drop)
-          nibble = BitShift <direction = "RIGHT"> (nibble_high, drop)
-          nibble_index = Cast <to = 6> (nibble)
-          signs_by_nibble = Gather (sign_table, nibble_index)
+          {SIGN_STEPS}
           signs_shape = Concat <axis = 0> (R, minus_1)
           signs = Reshape (signs_by_nibble, signs_shape)
           signs_padded = Pad (signs, B_pads)

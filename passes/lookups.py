@@ -13,7 +13,7 @@ from onnx_ir.passes import common
 from qbb_export.errors import QbbError
 from qbb_export.format import LAYOUT_ROWS, TILE_ROWS, WORD_BITS
 from qbb_export.passes.binarize import PackedLayer, add_initializer
-from qbb_export.passes.function_body import MIN_OPSET, NIBBLE_SHIFTS, SIGNS
+from qbb_export.passes.function_body import MIN_OPSET, SIGN_STEPS, sign_constants
 from qbb_export.passes.linears import Linear, constant_source, layer_name
 
 # Not the operator's own domain: no library has kernels for this, ONNX Runtime runs the function's nodes.
@@ -126,9 +126,7 @@ def _function(layout: int, offset: bool, dtype: ir.DataType, opset: int) -> ir.F
         word_bits = Constant <value = int64[1] {{{WORD_BITS}}}> ()
         tile_rows = Constant <value = int64[1] {{{TILE_ROWS}}}> ()
         lane_shape = Constant <value = int64[3] {{-1, 1, 1}}> ()
-        nibble_shifts = Constant <value = uint32[8] {{{NIBBLE_SHIFTS[layout]}}}> ()
-        drop = Constant <value = uint32[1] {{28}}> ()
-        sign_table = Constant <value = float[16, 4] {{{SIGNS}}}> ()
+        {sign_constants(layout)}
         ids_long = Cast <to = 7> (ids)
         ids_1d = Reshape (ids_long, minus_1)
         tile = Div (ids_1d, tile_rows)
@@ -137,11 +135,7 @@ def _function(layout: int, offset: bool, dtype: ir.DataType, opset: int) -> ir.F
         {_row(layout, "B", 1)}
         {_row(layout, "S", 1)}
         word_column = Unsqueeze (B_rows, three)
-        nibble_low = BitShift <direction = "RIGHT"> (word_column, nibble_shifts)
-        nibble_high = BitShift <direction = "LEFT"> (nibble_low, drop)
-        nibble = BitShift <direction = "RIGHT"> (nibble_high, drop)
-        nibble_index = Cast <to = 6> (nibble)
-        signs_by_nibble = Gather (sign_table, nibble_index)
+        {SIGN_STEPS}
         B_dims = Shape (B_rows)
         signs_lead = Slice (B_dims, zero, minus_1)
         B_words = Slice (B_dims, minus_1, three)

@@ -11,6 +11,15 @@ from qbb_export.errors import QbbError
 from qbb_export.runtimes.sampling import Sampling
 
 
+def open_folder(folder: Path, session: dict[str, Any]) -> Any:
+    """``onnxruntime_genai.Model`` of a folder, with session options added to those of its configuration."""
+    import onnxruntime_genai as genai
+
+    config = genai.Config(str(folder))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+    return genai.Model(config)
+
+
 def tokens(
     folder: Path,
     prompt: list[int],
@@ -41,9 +50,7 @@ def tokens(
         expected = "pip install 'qbb-export[genai]', or --runtime ort"
         raise QbbError("onnxruntime-genai is not installed", where="--runtime genai", expected=expected) from None
     try:
-        config = genai.Config(str(folder))
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
-        model = genai.Model(config)
+        model = open_folder(folder, session)
         on_open()
         params = genai.GeneratorParams(model)
         options = {"max_length": limit, "do_sample": not sampling.greedy, "repetition_penalty": sampling.penalty}

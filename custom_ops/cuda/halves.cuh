@@ -49,14 +49,16 @@ __device__ __forceinline__ float to_half(uint32_t (&r)[16]) {
   return power;
 }
 
-// Word t of a chunk of one row of X, as four pieces: i holds the pairs (i + 4j, i + 4j + 16), j < 4.
+// Inputs i + 4j and i + 4j + 16 of a word; i, j < 4.
+__device__ __forceinline__ uint32_t pair_of(const uint32_t (&r)[16], int i, int j) {
+  return __byte_perm(r[i / 2 + 2 * j], r[i / 2 + 2 * j + 8], i % 2 == 0 ? 0x5410 : 0x7632);
+}
+
+// Word t of a chunk of one row of X, as four pieces: i holds its pairs j.
 __device__ __forceinline__ void stage_word(uint4* to, const uint32_t (&r)[16]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const auto pair = [&](int j) {
-      return __byte_perm(r[i / 2 + 2 * j], r[i / 2 + 2 * j + 8], i % 2 == 0 ? 0x5410 : 0x7632);
-    };
-    to[4 * i] = make_uint4(pair(0), pair(1), pair(2), pair(3));
+    to[4 * i] = make_uint4(pair_of(r, i, 0), pair_of(r, i, 1), pair_of(r, i, 2), pair_of(r, i, 3));
   }
 }
 
@@ -64,28 +66,18 @@ __device__ __forceinline__ void stage_word(uint4* to, const uint32_t (&r)[16]) {
 template <int kFrom, int kPart, int kBases, int kColumns>
 __device__ __forceinline__ void add_part(float (&sums)[kColumns][4], const Chunk<kBases>& chunk, float inverse, float2 z,
                                          const uint4* x) {
-  float s0[kPart], s1[kPart];
-  uint32_t w0[kPart], w1[kPart];
-#pragma unroll
-  for (int b = 0; b < kPart; ++b) {
-    const float2 s = to_floats(chunk.scales[kFrom + b]);
-    s0[b] = s.x * inverse;
-    s1[b] = s.y * inverse;
-    w0[b] = chunk.words[kFrom + b].x;
-    w1[b] = chunk.words[kFrom + b].y;
-  }
-  const Levels l0 = make_levels<kPart>(s0, z.x), l1 = make_levels<kPart>(s1, z.y);
+  const Part<kPart> p = part_of<kFrom, kPart>(chunk, inverse, z);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t c0 = codes<kPart>(w0, i), c1 = codes<kPart>(w1, i);
+    const uint32_t c0 = codes<kPart>(p.w0, i), c1 = codes<kPart>(p.w1, i);
     uint4 b[kColumns];
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) b[n] = x[n * kColumn * kRowStride + 4 * i];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       uint32_t a[4];
-      look_up<kPart>(a[0], a[2], l0, c0, h);
-      look_up<kPart>(a[1], a[3], l1, c1, h);
+      look_up<kPart>(a[0], a[2], p.l0, c0, h);
+      look_up<kPart>(a[1], a[3], p.l1, c1, h);
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) multiply(sums[n], a, h == 0 ? b[n].x : b[n].z, h == 0 ? b[n].y : b[n].w);
     }

@@ -17,7 +17,7 @@ enum class Path {
 
 struct Rule {
   int arch, last_arch;  // 10 * major + minor
-  bool integer;         // mode int8
+  bool only_int8;       // not for the other modes
   int64_t rows;         // of X, at most
   Path path;
   int step;             // rows of X in one launch of kDecode
@@ -33,34 +33,24 @@ constexpr int kWarpgroupArch = 90;
 constexpr int kWarpgroupArch = -1;  // not built
 #endif
 
-// The first that fits. float16:
+// The first that fits. float16 (bfloat16: all but kPrompt):
 constexpr Rule kHalfRules[] = {
     {80, kAnyArch, false, 1, Path::kDecode, 1},
     {80, kAnyArch, false, 2, Path::kDecode, 2},
-    {80, kAnyArch, true, 1, Path::kDecode, 1},
-    {80, kAnyArch, true, 2, Path::kDecode, 2},
     {80, kAnyArch, true, 4, Path::kDecode, 4},
     {80, kAnyArch, false, 16, Path::kBytes, 0},
-    {80, kAnyArch, true, 16, Path::kBytes, 0},
     {75, kAnyArch, false, 96, Path::kBatch, 0},
-    {75, kAnyArch, true, 96, Path::kBatch, 0},
     {90, kWarpgroupArch, false, kAnyRows, Path::kPrompt, 0},
-    {90, kWarpgroupArch, true, kAnyRows, Path::kPrompt, 0},
     {75, kAnyArch, false, kAnyRows, Path::kBatch, 0},
-    {75, kAnyArch, true, kAnyRows, Path::kBatch, 0},
 };
 
 // float32, whose digits float16 cannot hold:
 constexpr Rule kFloatRules[] = {
     {80, kAnyArch, false, 1, Path::kDecode, 1},
     {80, kAnyArch, false, 2, Path::kDecode, 2},
-    {80, kAnyArch, false, kAnyRows, Path::kBytes, 0},
-    {80, kAnyArch, true, 1, Path::kDecode, 1},
-    {80, kAnyArch, true, 2, Path::kDecode, 2},
     {80, kAnyArch, true, 4, Path::kDecode, 4},
-    {80, kAnyArch, true, kAnyRows, Path::kBytes, 0},
+    {80, kAnyArch, false, kAnyRows, Path::kBytes, 0},
     {75, kAnyArch, false, kAnyRows, Path::kGeneral, 1},
-    {75, kAnyArch, true, kAnyRows, Path::kGeneral, 1},
 };
 
 }  // namespace qbb::cuda

@@ -85,7 +85,7 @@ Rule rule_for(const Weights& w, Type type, int64_t M, bool integer, const Device
     for (const Rule& rule : rules) {
       if (rule.path == Path::kPrompt && type != kFloat16) continue;
       const bool fits = rule.arch <= device.arch && device.arch <= rule.last_arch;
-      if (fits && rule.integer == integer && M <= rule.rows) return rule;
+      if (fits && (integer || !rule.only_int8) && M <= rule.rows) return rule;
     }
     return kAnything;
   };

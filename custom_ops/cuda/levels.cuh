@@ -66,4 +66,28 @@ __device__ __forceinline__ void look_up(uint32_t& first, uint32_t& second, const
   second = __byte_perm(low, high, 0x7362);
 }
 
+// Levels and words of bases kFrom .. kFrom + kPart of a chunk.
+template <int kPart>
+struct Part {
+  uint32_t w0[kPart], w1[kPart];
+  Levels l0, l1;
+};
+
+template <int kFrom, int kPart, int kBases>
+__device__ __forceinline__ Part<kPart> part_of(const Chunk<kBases>& chunk, float inverse, float2 z) {
+  Part<kPart> p;
+  float s0[kPart], s1[kPart];
+#pragma unroll
+  for (int b = 0; b < kPart; ++b) {
+    const float2 s = to_floats(chunk.scales[kFrom + b]);
+    s0[b] = s.x * inverse;
+    s1[b] = s.y * inverse;
+    p.w0[b] = chunk.words[kFrom + b].x;
+    p.w1[b] = chunk.words[kFrom + b].y;
+  }
+  p.l0 = make_levels<kPart>(s0, z.x);
+  p.l1 = make_levels<kPart>(s1, z.y);
+  return p;
+}
+
 }  // namespace qbb::cuda

@@ -37,52 +37,25 @@ __device__ __forceinline__ void stage_chunk(char* stage, const uint16_t* x, int 
     for (int i4 = 0; i4 < 4; ++i4) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {  // pair (i4 + 4j, i4 + 4j + 16): step 2·i4 + j / 2, its first or second eight inputs
-        const uint32_t pair =
-            __byte_perm(r[i4 / 2 + 2 * j], r[i4 / 2 + 2 * j + 8], i4 % 2 == 0 ? 0x5410 : 0x7632);
         const int piece = (i4 % 2 * 2 + j / 2) * 2 + j % 2;
-        *reinterpret_cast<uint32_t*>(to + i4 / 2 * kTokens * 128 + (piece ^ (row % 8)) * 16) = pair;
+        *reinterpret_cast<uint32_t*>(to + i4 / 2 * kTokens * 128 + (piece ^ (row % 8)) * 16) = pair_of(r, i4, j);
       }
     }
   }
 }
 
-// Steps kFirst .. kFirst + 4 of a chunk's weights, added to `a`.
+// Four of a chunk's eight steps of weights: the first, or the second half.
 template <int kPart>
-__device__ __forceinline__ void make_weights(uint32_t (&a)[4][4], const uint32_t (&w0)[kPart], const uint32_t (&w1)[kPart],
-                                             const Levels& l0, const Levels& l1, int half) {
+__device__ __forceinline__ void make_weights(uint32_t (&a)[4][4], const Part<kPart>& p, int half) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint32_t c0 = codes<kPart>(w0, 2 * half + i), c1 = codes<kPart>(w1, 2 * half + i);
+    const uint32_t c0 = codes<kPart>(p.w0, 2 * half + i), c1 = codes<kPart>(p.w1, 2 * half + i);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      look_up<kPart>(a[2 * i + h][0], a[2 * i + h][2], l0, c0, h);
-      look_up<kPart>(a[2 * i + h][1], a[2 * i + h][3], l1, c1, h);
+      look_up<kPart>(a[2 * i + h][0], a[2 * i + h][2], p.l0, c0, h);
+      look_up<kPart>(a[2 * i + h][1], a[2 * i + h][3], p.l1, c1, h);
     }
   }
-}
-
-// Levels and words of bases kFrom .. kFrom + kPart of a chunk.
-template <int kPart>
-struct Part {
-  uint32_t w0[kPart], w1[kPart];
-  Levels l0, l1;
-};
-
-template <int kFrom, int kPart, int kBases>
-__device__ __forceinline__ Part<kPart> part_of(const Chunk<kBases>& chunk, float inverse, float2 z) {
-  Part<kPart> p;
-  float s0[kPart], s1[kPart];
-#pragma unroll
-  for (int b = 0; b < kPart; ++b) {
-    const float2 s = to_floats(chunk.scales[kFrom + b]);
-    s0[b] = s.x * inverse;
-    s1[b] = s.y * inverse;
-    p.w0[b] = chunk.words[kFrom + b].x;
-    p.w1[b] = chunk.words[kFrom + b].y;
-  }
-  p.l0 = make_levels<kPart>(s0, z.x);
-  p.l1 = make_levels<kPart>(s1, z.y);
-  return p;
 }
 
 __device__ __forceinline__ void add_pairs(uint32_t (&a)[4][4], const uint32_t (&b)[4][4]) {
@@ -151,10 +124,10 @@ __global__ void __launch_bounds__(kPromptThreads, 1) prompt(const Weights w, con
     const uint32_t x = shared_address(stages + stage * kStageBytes<kTokens>);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      make_weights<kPart>(a[half], part.w0, part.w1, part.l0, part.l1, half);
+      make_weights(a[half], part, half);
       if constexpr (kBases == 4) {
         uint32_t b[4][4];
-        make_weights<2>(b, rest.w0, rest.w1, rest.l0, rest.l1, half);
+        make_weights(b, rest, half);
         add_pairs(a[half], b);
       }
       if (half == 0) wait_for(&full[stage], turn % 2);

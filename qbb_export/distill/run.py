@@ -79,26 +79,26 @@ class Work:
         ]
         self.decoder = writes_text(self.model)
         self.vocabulary = Vocabulary.of(self.loaded.tokenizer, vocabulary_size(self.model))
-        self._float = self._float_model()
+        self._float, self._given = self._float_model(), self._given_beside()
 
     def key(self, stage: str) -> str:
         """SHA-256 of all that a stage depends on: what came before it counts, not what comes after.
 
         A record is thus gone on from where another number of bases, or of steps, makes the first difference.
         """
-        recipe, text = self.recipe, asdict(self.recipe.text)
-        digest = hashlib.sha256(f"{stage}:{REVISION}:{self._float}".encode())
+        head: dict[str, Any] = {"stage": stage, "revision": REVISION, "float": self._float}
         if stage == "text":
+            text = asdict(self.recipe.text)
             for name in ("validation", "keep"):  # how it is used
                 del text[name]
-            head: dict[str, Any] = {"text": text}
+            head["text"] = text
         else:
-            head = recipe.as_dict() | {"targets": [[t.name, t.parameter, t.settings.as_dict()] for t in self.targets]}
+            recipe = self.recipe.as_dict()
             if stage == "sweep":
-                del head["distill"]
-            self._add_given(digest)
-        digest.update(json.dumps(head, sort_keys=True).encode())
-        return digest.hexdigest()
+                del recipe["distill"]
+            targets = [[t.name, t.parameter, t.settings.as_dict()] for t in self.targets]
+            head |= {"recipe": recipe, "targets": targets, "given": self._given}
+        return hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()
 
     def _float_model(self) -> str:
         """Digest of the model, the tokens it knows, and the kind of device."""
@@ -111,8 +111,9 @@ class Work:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _add_given(self, digest: Any) -> None:
-        """What was given beside the model, to a digest."""
+    def _given_beside(self) -> str:
+        """Digest of what was given beside the model."""
+        digest = hashlib.sha256()
         if self.calibration is not None:
             digest.update(self.calibration.read_bytes())
         if self.weights is not None:
@@ -124,6 +125,7 @@ class Work:
         for array in given:
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
 
 def run_recipe(work: Work) -> dict[str, Quantized]:

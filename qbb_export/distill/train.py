@@ -193,7 +193,7 @@ def train(
             loss = gradients(*own_rows(batch, device, ranks), len(batch), _swap_blocks(student, step, settings))
             nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)  # room for validation and a copy of the state
             done = step + 1
             if done % every == 0 or done == settings.steps:
                 _swap_blocks(student, settings.steps, settings)

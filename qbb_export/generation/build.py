@@ -24,11 +24,11 @@ import onnx_ir as ir
 
 from qbb_export.errors import QbbError
 from qbb_export.generation.adapt import adapt_config, rotation_table
+from qbb_export.generation.folder import CONFIG
 from qbb_export.generation.tie import Slice, tie_weights
 from qbb_export.passes.standard_norms import StandardNorms
 from qbb_export.source import LoadOptions, TorchModel
 
-_CONFIG: Final = "genai_config.json"
 _MIXTURES: Final = ("MoE", "QMoE")
 _INSTALL: Final = "pip install 'qbb-export[genai]'"
 # The builder's attention operator exists on CPUs for float32 only, ONNX Runtime's for float16, too.
@@ -78,7 +78,7 @@ def build_decoder(loaded: TorchModel, source: str, load: LoadOptions, *, dtype: 
         if any(node.op_type in _MIXTURES for node in models[0].graph):
             raise _unknown(place, "a mixture of experts, whose weights are no linear layers in its graph")
         written = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()}
-    config = json.loads(written.pop(_CONFIG))
+    config = json.loads(written.pop(CONFIG))
     if provider == "cpu":
         config["model"]["decoder"]["session_options"]["provider_options"] = []
     _name_head_size(models[0], config["model"]["decoder"]["head_size"])

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +18,6 @@ from qbb_export.runtimes import gate, genai, ort
 from qbb_export.runtimes.decoder import Decoder
 from qbb_export.runtimes.sampling import Sampler, Sampling
 from qbb_export.tokens import open_tokenizer
-
-RUNTIMES: Final = ("genai", "ort")
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,10 @@ def generate(folder: Path, prompt: str, options: RunOptions, times: Times | None
     limit = len(ids) + min(room, options.max_tokens)
     ends = model["eos_token_id"]
     ends = set(ends) if isinstance(ends, list) else {ends}
-    runtime = _runtime(folder, config, options)
-    written = (_genai_tokens if runtime == "genai" else _ort_tokens)(folder, ids, limit, options, times)
+    if _runtime(folder, config, options) == "genai":
+        written = _genai_tokens(folder, ids, limit, options, times)
+    else:
+        written = _ort_tokens(folder, model["decoder"], ids, limit, options, times)
     return _text(written, tokenizer, ends, times, len(ids))
 
 
@@ -149,10 +149,10 @@ def _genai_tokens(folder: Path, ids: list[int], limit: int, options: RunOptions,
     return genai.tokens(folder, ids, limit, options.sampling, session, opened)
 
 
-def _ort_tokens(folder: Path, ids: list[int], limit: int, options: RunOptions, times: Times) -> Iterator[int]:
+def _ort_tokens(
+    folder: Path, decoder: Mapping[str, Any], ids: list[int], limit: int, options: RunOptions, times: Times
+) -> Iterator[int]:
     start = time.perf_counter()
-    config = read_config(folder)
-    decoder = config["model"]["decoder"]
     library = "custom_ops_library" in decoder["session_options"]
     session = ort.session(folder / decoder["filename"], library=library, mode=options.mode, threads=options.threads)
     decoding, sampler, tokens = Decoder(session, limit), Sampler(options.sampling), list(ids)

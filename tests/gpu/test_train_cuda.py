@@ -15,16 +15,14 @@ from torch import nn  # noqa: E402
 from qbb_export.distill import train as training  # noqa: E402
 from qbb_export.distill.gradients import Gradients  # noqa: E402
 from qbb_export.distill.settings import DistillSettings  # noqa: E402
-from qbb_export.distill.student import Student, Target  # noqa: E402
 from qbb_export.distill.train import LogLine, train  # noqa: E402
 from qbb_export.load import load_torch  # noqa: E402
-from qbb_export.quantize import QuantizeSettings, quantize  # noqa: E402
 from qbb_export.source import LoadOptions  # noqa: E402
 from tests.unit.models import tiny_llama  # noqa: E402
+from tests.unit.training import Shelf, Stopped, student_of  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-SETTINGS = QuantizeSettings(2, 32, True, rounds=2, shakes=0)
 TEXT = np.random.default_rng(0).integers(0, 97, (24, 40))
 VALIDATION = [np.random.default_rng(1).integers(0, 97, (6, 40))]
 
@@ -35,13 +33,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
         pytest.fail("make test-gpu needs an NVIDIA GPU and a CUDA build of PyTorch")
     folder = tiny_llama(tmp_path_factory.mktemp("llama"), num_hidden_layers=3)
     return load_torch(str(folder), LoadOptions()).module.float().cuda().requires_grad_(False)
-
-
-def student_of(teacher: nn.Module, train_codes: bool) -> Student:
-    names = [name for name, p in teacher.named_parameters() if p.ndim == 2 and ".layers." in name]
-    targets = [Target(name, name, False, SETTINGS) for name in names]
-    start = {t.name: quantize(t.weight(teacher), SETTINGS, "rtn") for t in targets}
-    return Student(teacher, targets, start, train_codes=train_codes)
 
 
 def trained(teacher: nn.Module, settings: DistillSettings, **arguments: Any) -> tuple[list[Any], list[LogLine]]:
@@ -82,38 +73,16 @@ def test_recorded_steps_are_those_launched(
     assert least < 0.95 * log[0].loss  # it learns
 
 
-class Killed(Exception):
-    """What a run in a test dies of."""
-
-
-class Shelf:
-    """A journal in memory that saves every fifth step."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, Any] | None = None
-        self._steps = 0
-
-    def load(self) -> dict[str, Any] | None:
-        return self.kept
-
-    def save(self, state: dict[str, Any]) -> None:
-        self.kept = state
-
-    def due(self) -> bool:
-        self._steps += 1
-        return self._steps % 5 == 0
-
-
 def test_killed_runs_end_in_the_same_bytes(teacher: nn.Module) -> None:
     settings = DistillSettings(steps=40, batch=4)
-    whole, log = trained(teacher, settings, journal=Shelf())
-    shelf = Shelf()
+    whole, log = trained(teacher, settings, journal=Shelf(5))
+    shelf = Shelf(5)
 
     def kill(done: int, *_: object) -> None:
         if done >= 23:
-            raise Killed
+            raise Stopped
 
-    with pytest.raises(Killed):
+    with pytest.raises(Stopped):
         trained(teacher, settings, journal=shelf, tell=kill)
     assert shelf.kept is not None
     again, log_again = trained(teacher, settings, journal=shelf)

@@ -16,15 +16,13 @@ from torch import nn  # noqa: E402
 from qbb_export.distill import train as training  # noqa: E402
 from qbb_export.distill.ranks import ALONE, Ranks  # noqa: E402
 from qbb_export.distill.settings import DistillSettings  # noqa: E402
-from qbb_export.distill.student import Student, Target  # noqa: E402
 from qbb_export.distill.train import Batches, LogLine, micro_batches, own_rows, rate_at, train, validate  # noqa: E402
 from qbb_export.errors import QbbError  # noqa: E402
 from qbb_export.load import load_torch  # noqa: E402
-from qbb_export.quantize import QuantizeSettings, quantize  # noqa: E402
 from qbb_export.source import LoadOptions  # noqa: E402
 from tests.unit.models import tiny_llama  # noqa: E402
+from tests.unit.training import Shelf, Stopped, student_of  # noqa: E402
 
-SETTINGS = QuantizeSettings(2, 32, True, rounds=2, shakes=0)
 TEXT = np.random.default_rng(0).integers(0, 97, (24, 10))
 VALIDATION = [np.random.default_rng(1).integers(0, 97, (6, 10))]
 
@@ -37,13 +35,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
         for parameter in model.parameters():
             parameter *= 4 if parameter.ndim == 2 else 1  # else all tokens are about as likely
     return model
-
-
-def student_of(teacher: nn.Module, train_codes: bool) -> Student:
-    names = [name for name, p in teacher.named_parameters() if p.ndim == 2 and ".layers." in name]
-    targets = [Target(name, name, False, SETTINGS) for name in names]
-    start = {t.name: quantize(t.weight(teacher), SETTINGS, "rtn") for t in targets}
-    return Student(teacher, targets, start, train_codes=train_codes)
 
 
 @pytest.mark.parametrize("codes", [False, True])
@@ -167,26 +158,6 @@ def test_a_block_that_is_passed_by_gives_the_float_weights(teacher: nn.Module) -
     ids = torch.from_numpy(TEXT[:2])
     with torch.no_grad():
         assert torch.equal(student.model(input_ids=ids).logits, teacher(input_ids=ids).logits)
-
-
-class Shelf:
-    """A journal in memory."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, torch.Tensor] | None = None
-
-    def load(self) -> dict[str, torch.Tensor] | None:
-        return self.kept
-
-    def save(self, state: dict[str, torch.Tensor]) -> None:
-        self.kept = {name: tensor.clone() for name, tensor in state.items()}
-
-    def due(self) -> bool:
-        return True
-
-
-class Stopped(Exception):
-    """Ends a training."""
 
 
 @pytest.mark.parametrize("codes", [False, True])
