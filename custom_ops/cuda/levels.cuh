@@ -66,6 +66,33 @@ __device__ __forceinline__ void look_up(uint32_t& first, uint32_t& second, const
   second = __byte_perm(low, high, 0x7362);
 }
 
+// The same where X keeps its order (`prompt.cuh`): lane t wants the inputs 8c + 2t + e of a word, c < 4, e < 2. Turned right
+// by turn_of(t), the word has them as bits 0 and 1 (c = 0), 4 and 5 (c = 2), 16 and 17 (c = 1), 20 and 21 (c = 3).
+__device__ __forceinline__ uint32_t turn_of(uint32_t t) { return 8 * (t / 2) + 2 * (t % 2); }
+
+// Codes of those eight: c = 0, 2 of e = 0, then of e = 1 in the low half, c = 1, 3 in the high half.
+template <int kBases>
+__device__ __forceinline__ uint32_t codes_in_order(const uint32_t (&words)[kBases], uint32_t turn) {
+  uint32_t even = 0, odd = 0;
+#pragma unroll
+  for (uint32_t b = 0; b < kBases; ++b) {
+    const uint32_t turned = __funnelshift_r(words[b], words[b], turn - b);
+    even |= turned & (0x00110011u << b);
+    odd |= turned & (0x00220022u << b);
+  }
+  return even | odd << 7;
+}
+
+// Pairs of inputs c = 0 (h = 0) or 1 and c = 2 or 3: the even and the odd of two steps of a product.
+template <int kBases>
+__device__ __forceinline__ void look_up_in_order(uint32_t& even, uint32_t& odd, const Levels& levels, uint32_t code, int h) {
+  const uint32_t selector = h == 0 ? code : code >> 16;
+  const uint32_t low = __byte_perm(levels.low[0], kBases > 2 ? levels.low[1] : 0, selector);
+  const uint32_t high = __byte_perm(levels.high[0], kBases > 2 ? levels.high[1] : 0, selector);
+  even = __byte_perm(low, high, 0x6240);
+  odd = __byte_perm(low, high, 0x7351);
+}
+
 // Levels and words of bases kFrom .. kFrom + kPart of a chunk.
 template <int kPart>
 struct Part {

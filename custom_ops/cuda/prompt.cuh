@@ -1,59 +1,67 @@
 // Many rows of X (prompts), float16, on Hopper: weights made float16 in registers are one operand of the warpgroup's
 // matrix product, X in shared memory is the other.
 //
-// A block makes 128 outputs for kTokens rows of X. Two warpgroups make weights and multiply; a third brings X into the
-// order of levels.cuh, a few chunks ahead. Making the weights of a chunk overlaps with the products of the one before.
+// A block makes 128 outputs for kTokens rows of X. A third warpgroup copies X, as it is, and packed weights into shared
+// memory, a few chunks ahead; two make weights in the order of X and multiply. Making the weights of half a chunk overlaps
+// with the products of the half before.
 #pragma once
 
-#include "cuda/halves.cuh"
-#include "cuda/warpgroup.cuh"
+#include "cuda/levels.cuh"
+#include "cuda/prompt_stage.cuh"
 
 namespace qbb::cuda {
 
-constexpr int kWarpgroup = 128;
-constexpr int kPromptTiles = 8;    // of 16 outputs: four for each of two warpgroups
 constexpr int kPromptThreads = 3 * kWarpgroup;
-constexpr int kPromptStages = 3;   // chunks of X in shared memory
-constexpr int kHalfChunk = 64;     // inputs whose rows are 128 bytes, which is as far as the swizzle goes
 
 template <int kTokens>
-constexpr int kStageBytes = kTokens * kChunk * 2;
-
-template <int kTokens>
-constexpr size_t kPromptMemory = size_t{kPromptStages} * kStageBytes<kTokens> + 1024;  // and room to align it
+unsigned prompt_blocks(int tiles, int64_t M) {
+  return static_cast<unsigned>((tiles + kPromptTiles - 1) / kPromptTiles * ((M + kTokens - 1) / kTokens));
+}
 
 #if QBB_WARPGROUP_PRODUCTS
 
-// A chunk of all rows of X into a stage.
+// Which outputs and rows of X are this block's, both in blocks. Blocks that run at a time have consecutive numbers: they
+// should read few different weights and few different rows of X, so that the L2 cache serves most of it.
 template <int kTokens>
-__device__ __forceinline__ void stage_chunk(char* stage, const uint16_t* x, int chunk, int here, int K, bool aligned,
-                                            int thread) {
-  for (int i = thread; i < kTokens * kChunkWords; i += kWarpgroup) {
-    const int word = i % kChunkWords, row = i / kChunkWords;
-    uint32_t r[16] = {};
-    if (row < here) load_word(r, x + static_cast<int64_t>(row) * K, chunk * kChunk + word * QBB_WORD_BITS, K, aligned);
-    char* to = stage + row * 128 + word * 4;
-#pragma unroll
-    for (int i4 = 0; i4 < 4; ++i4) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {  // pair (i4 + 4j, i4 + 4j + 16): step 2·i4 + j / 2, its first or second eight inputs
-        const int piece = (i4 % 2 * 2 + j / 2) * 2 + j % 2;
-        *reinterpret_cast<uint32_t*>(to + i4 / 2 * kTokens * 128 + (piece ^ (row % 8)) * 16) = pair_of(r, i4, j);
-      }
-    }
-  }
+__device__ __forceinline__ int2 place_of_block(int block, int tiles, int M) {
+  constexpr int kHigh = 2048 / kTokens;  // blocks of rows before the next outputs
+  const int outputs = (tiles + kPromptTiles - 1) / kPromptTiles, all = (M + kTokens - 1) / kTokens;
+  const int first = block / (outputs * kHigh) * kHigh, high = min(all - first, kHigh), rest = block - first * outputs;
+  return make_int2(rest / high, first + rest % high);
 }
 
-// Four of a chunk's eight steps of weights: the first, or the second half.
-template <int kPart>
-__device__ __forceinline__ void make_weights(uint32_t (&a)[4][4], const Part<kPart>& p, int half) {
+// Levels of two neighbouring outputs, by bases kFrom .. kFrom + kPart. `scales`: a basis's first of the two.
+template <int kFrom, int kPart>
+__device__ __forceinline__ void load_levels(Levels (&to)[2], const char* scales, float2 z, float inverse) {
+  float s0[kPart], s1[kPart];
+#pragma unroll
+  for (int b = 0; b < kPart; ++b) {
+    const float2 s = to_floats(*reinterpret_cast<const uint32_t*>(scales + (kFrom + b) * kScaleBytes));
+    s0[b] = s.x * inverse;
+    s1[b] = s.y * inverse;
+  }
+  to[0] = make_levels<kPart>(s0, z.x);
+  to[1] = make_levels<kPart>(s1, z.y);
+}
+
+// Operands of the four products of half a chunk. `words`: the first basis's first word of the first output.
+template <int kFrom, int kPart>
+__device__ __forceinline__ void make_weights(uint32_t (&a)[4][4], const Levels (&levels)[2], const char* words,
+                                             uint32_t turn) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint32_t c0 = codes<kPart>(p.w0, 2 * half + i), c1 = codes<kPart>(p.w1, 2 * half + i);
+    uint32_t w0[kPart], w1[kPart];
+#pragma unroll
+    for (int b = 0; b < kPart; ++b) {
+      const auto pair = *reinterpret_cast<const uint2*>(words + (kFrom + b) * kWordBytes + i * QBB_TILE_ROWS * 4);
+      w0[b] = pair.x;
+      w1[b] = pair.y;
+    }
+    const uint32_t c0 = codes_in_order<kPart>(w0, turn), c1 = codes_in_order<kPart>(w1, turn);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      look_up<kPart>(a[2 * i + h][0], a[2 * i + h][2], p.l0, c0, h);
-      look_up<kPart>(a[2 * i + h][1], a[2 * i + h][3], p.l1, c1, h);
+      look_up_in_order<kPart>(a[2 * i][2 * h], a[2 * i + 1][2 * h], levels[0], c0, h);
+      look_up_in_order<kPart>(a[2 * i][2 * h + 1], a[2 * i + 1][2 * h + 1], levels[1], c1, h);
     }
   }
 }
@@ -69,99 +77,154 @@ __device__ __forceinline__ void add_pairs(uint32_t (&a)[4][4], const uint32_t (&
   }
 }
 
+// The block's results through `memory` (kTokens × 256 bytes), so that whole rows of 128 outputs are stored. Threads of the
+// two warpgroups; N is a multiple of 8, and y of 16 bytes.
+template <int kTokens>
+__device__ __forceinline__ void store_rows(char* memory, const float (&sums)[kTokens / 2], float unit, float2 bias,
+                                           __half* y, int out, int here, int N, int thread) {
+  const int warp = thread / 32, lane = thread % 32;
+  meet_first<2 * kWarpgroup>();  // all products are done, so the memory of X is free
+#pragma unroll
+  for (int n = 0; n < kTokens / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int of_eight = lane % 4 * 2 + i, piece = (warp * 2 + lane / 16) ^ of_eight;  // a swizzle: no bank conflicts
+      *reinterpret_cast<__half2*>(memory + (n * 8 + of_eight) * 256 + piece * 16 + lane / 4 % 4 * 4) =
+          __floats2half2_rn(fmaf(sums[4 * n + i], unit, bias.x), fmaf(sums[4 * n + 2 + i], unit, bias.y));
+    }
+  }
+  meet_first<2 * kWarpgroup>();
+  const int piece = thread % 16;
+  if (out + piece * 8 >= N) return;
+  for (int r = thread / 16; r < here; r += 2 * kWarpgroup / 16) {
+    *reinterpret_cast<uint4*>(y + static_cast<int64_t>(r) * N + out + piece * 8) =
+        *reinterpret_cast<const uint4*>(memory + r * 256 + (piece ^ r % 8) * 16);
+  }
+}
+
 #endif
 
-// float16 X and scales; groups that are 2^n chunks, or whole rows. blockIdx.y: blocks of kTokens rows of X.
+// float16 X and scales; groups that are 2^n chunks, or whole rows. blockIdx.x: see place_of_block.
 template <int kBases, int kTokens>
 __global__ void __launch_bounds__(kPromptThreads, 1) prompt(const Weights w, const Rows rows) {
 #if QBB_WARPGROUP_PRODUCTS
-  uint4* memory = block_memory();
-  __shared__ uint64_t full[kPromptStages], empty[kPromptStages];
-  char* stages = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 1023) / 1024 * 1024);
-  const int thread = static_cast<int>(threadIdx.x), group = thread / kWarpgroup;
+  constexpr int kStages = kPromptStages<kTokens>;
+  __shared__ uint64_t full[kStages], empty[kStages];
+  char* memory = reinterpret_cast<char*>(block_memory());
+  memory += (1024 - shared_address(memory) % 1024) % 1024;
+  char* weights = memory + kStages * kStageBytes<kTokens>;
+  const int thread = static_cast<int>(threadIdx.x);
   const int chunks = (w.words + kChunkWords - 1) / kChunkWords;
-  const int row = static_cast<int>(blockIdx.y) * kTokens, here = min(rows.M - row, kTokens);
+  const int2 place = place_of_block<kTokens>(static_cast<int>(blockIdx.x), w.tiles, rows.M);
+  const int row = place.y * kTokens, here = min(rows.M - row, kTokens);
   if (thread == 0) {
-    for (int s = 0; s < kPromptStages; ++s) {
+    for (int s = 0; s < kStages; ++s) {
       init_barrier(&full[s], kWarpgroup);
-      init_barrier(&empty[s], 2 * kWarpgroup);
+      init_barrier(&empty[s], 2 * kWarpgroup / 32);
     }
     show_barriers();
   }
+  let_next_kernel_start();  // it waits for this one before it reads or writes what this one does
   __syncthreads();
-  if (group == 2) {
-    give_registers<56>();
+  if (thread >= 2 * kWarpgroup) {
+    give_registers<40>();
+    const int own = thread - 2 * kWarpgroup;
     const auto* x = static_cast<const uint16_t*>(rows.x) + static_cast<int64_t>(row) * w.K;
     const bool aligned = w.K % 8 == 0 && reinterpret_cast<uintptr_t>(rows.x) % 16 == 0;
+    const auto weights_of = [&](int chunk, int stage) {
+      copy_weights<kBases>(shared_address(weights + stage * kStageWeights<kBases>), w, place.x * kPromptTiles, chunk, own);
+    };
+    const auto rows_of = [&](int chunk, int stage) {
+      copy_rows<kTokens>(memory + stage * kStageBytes<kTokens>, x, chunk, here, w.K, aligned, own);
+    };
+    for (int chunk = 0; chunk < min(kStages, chunks); ++chunk) weights_of(chunk, chunk);
     wait_for_previous_kernel();
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const int stage = chunk % kPromptStages, turn = chunk / kPromptStages;
-      if (turn > 0) wait_for(&empty[stage], (turn - 1) % 2);
-      stage_chunk<kTokens>(stages + stage * kStageBytes<kTokens>, x, chunk, here, w.K, aligned, thread % kWarpgroup);
-      show_stores();
-      arrive(&full[stage]);
+    for (int chunk = 0, stage = 0, parity = 1; chunk < chunks; ++chunk) {
+      if (chunk >= kStages) {
+        wait_for(&empty[stage], parity);
+        weights_of(chunk, stage);
+      }
+      rows_of(chunk, stage);
+      if (aligned) {
+        arrive_after_copies(&full[stage]);
+      } else {  // there were stores, too
+        wait_for_copies();
+        arrive(&full[stage]);
+      }
+      if (++stage == kStages) {
+        stage = 0;
+        parity ^= 1;
+      }
     }
+    wait_for_copies();
     return;
   }
-  take_registers<224>();
+  take_registers<232>();
+  constexpr int kPart = kBases == 4 ? 2 : kBases;  // a look-up has eight entries, so four bases are two matrices
   const int lane = thread % 32, warp = thread / 32;
-  const int tile = static_cast<int>(blockIdx.x) * kPromptTiles + warp, mine = min(tile, w.tiles - 1);
   const Lane own = lane_of(lane);
+  const uint32_t turn = turn_of(own.t);
   const float inverse = 1.0f / w.unit;
-  Chunk<kBases> next[1];
-  load_chunks(next, w, own, mine, 0);
   float sums[kTokens / 2] = {};
   uint32_t a[2][4][4];  // weights of half a chunk, while those of the half before are still being multiplied
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    const int stage = chunk % kPromptStages, turn = chunk / kPromptStages;
-    const Chunk<kBases> now = next[0];
-    load_chunks(next, w, own, mine, min(chunk + 1, chunks - 1));
-    const float2 z = make_float2(now.offset.x * inverse, now.offset.y * inverse);
-    constexpr int kPart = kBases == 4 ? 2 : kBases;
-    const Part<kPart> part = part_of<0, kPart>(now, inverse, z);
-    [[maybe_unused]] Part<2> rest;
-    if constexpr (kBases == 4) rest = part_of<2, 2>(now, inverse, make_float2(0.0f, 0.0f));
-    const uint32_t x = shared_address(stages + stage * kStageBytes<kTokens>);
+  for (int chunk = 0, stage = 0, parity = 0, last = 0; chunk < chunks; ++chunk) {
+    wait_for(&full[stage], parity);
+    show_stores();
+    const char* words = weights + stage * kStageWeights<kBases> + warp * 256 + own.g * 8;
+    const char* scales = weights + stage * kStageWeights<kBases> + kBases * kWordBytes + warp * 32 + own.g * 4;
+    float2 z = make_float2(0.0f, 0.0f);
+    if (w.offset != nullptr) {
+      z = *reinterpret_cast<const float2*>(weights + stage * kStageWeights<kBases> +
+                                           kBases * (kWordBytes + kScaleBytes) + warp * 64 + own.g * 8);
+      z = make_float2(z.x * inverse, z.y * inverse);
+    }
+    Levels levels[2];
+    [[maybe_unused]] Levels rest[2];
+    load_levels<0, kPart>(levels, scales, z, inverse);
+    if constexpr (kBases == 4) load_levels<2, 2>(rest, scales, make_float2(0.0f, 0.0f), inverse);
+    const uint32_t x = shared_address(memory + stage * kStageBytes<kTokens>);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      make_weights(a[half], part, half);
+      const char* here_words = words + half * 2 * QBB_TILE_ROWS * 4;
+      make_weights<0, kPart>(a[half], levels, here_words, turn);
       if constexpr (kBases == 4) {
         uint32_t b[4][4];
-        make_weights(b, rest, half);
+        make_weights<2, 2>(b, rest, here_words, turn);
         add_pairs(a[half], b);
       }
-      if (half == 0) wait_for(&full[stage], turn % 2);
       begin_products();
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        start_product(sums, a[half][s], descriptor(x + static_cast<uint32_t>(half * kTokens * 128 + s * 32)));
+        start_product(sums, a[half][s], descriptor(x + static_cast<uint32_t>(half * kTokens * kRowBytes + s * 32)));
       }
       end_products();
       wait_for_products<1>();
-      if (half == 0 && chunk > 0) arrive(&empty[(chunk - 1) % kPromptStages]);
+      if (half == 0 && chunk > 0 && lane == 0) arrive(&empty[last]);
+    }
+    last = stage;
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
     }
   }
   wait_for_products<0>();
-  let_next_kernel_start();
-  if (tile >= w.tiles) return;
-  const int out = tile * QBB_TILE_ROWS + lane / 4 * 2;
+  const int first_out = place.x * kPromptTiles * QBB_TILE_ROWS, out = first_out + warp * QBB_TILE_ROWS + lane / 4 * 2;
   const float2 bias = make_float2(w.bias == nullptr || out >= w.N ? 0.0f : w.bias[out],
                                   w.bias == nullptr || out + 1 >= w.N ? 0.0f : w.bias[out + 1]);
-  auto* y = static_cast<__half*>(rows.y);
+  auto* y = static_cast<__half*>(rows.y) + static_cast<int64_t>(row) * w.N;
+  if (w.N % 8 == 0 && reinterpret_cast<uintptr_t>(rows.y) % 16 == 0) {
+    store_rows<kTokens>(memory, sums, w.unit, bias, y, first_out, here, w.N, thread);
+    return;
+  }
 #pragma unroll
   for (int n = 0; n < kTokens / 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int r = n * 8 + lane % 4 * 2 + i;
       if (r >= here) continue;
-      const int64_t at = static_cast<int64_t>(row + r) * w.N + out;
-      const __half2 pair = __floats2half2_rn(fmaf(sums[4 * n + i], w.unit, bias.x), fmaf(sums[4 * n + 2 + i], w.unit, bias.y));
-      if (out + 1 < w.N && w.N % 2 == 0) {
-        *reinterpret_cast<__half2*>(y + at) = pair;
-      } else {
-        if (out < w.N) y[at] = __low2half(pair);
-        if (out + 1 < w.N) y[at + 1] = __high2half(pair);
-      }
+      __half* to = y + static_cast<int64_t>(r) * w.N + out;
+      if (out < w.N) to[0] = __float2half_rn(fmaf(sums[4 * n + i], w.unit, bias.x));
+      if (out + 1 < w.N) to[1] = __float2half_rn(fmaf(sums[4 * n + 2 + i], w.unit, bias.y));
     }
   }
 #endif

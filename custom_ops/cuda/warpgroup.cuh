@@ -16,7 +16,6 @@
 
 namespace qbb::cuda {
 
-
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -28,7 +27,7 @@ __device__ __forceinline__ void init_barrier(uint64_t* barrier, int count) {
 // Barriers that were made can be used by all.
 __device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-// What was stored in shared memory can be read by products.
+// What was stored in shared memory, as far as this thread knows of it, can be read by products that it starts.
 __device__ __forceinline__ void show_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void arrive(uint64_t* barrier) {
@@ -45,6 +44,31 @@ __device__ __forceinline__ void wait_for(uint64_t* barrier, int parity) {
       "}\n" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
+}
+
+// 16 bytes to shared memory while the thread goes on; zeros unless `real`.
+__device__ __forceinline__ void copy_piece(uint32_t to, const void* from, bool real) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
+               "r"(real ? 16 : 0)
+               : "memory");
+}
+
+// 8 bytes.
+__device__ __forceinline__ void copy_pair(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
+}
+
+// Arrives once what this thread copies has arrived; the thread goes on.
+__device__ __forceinline__ void arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// The block's first kThreads threads wait for each other.
+template <int kThreads>
+__device__ __forceinline__ void meet_first() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 
 // Rows of X of 128 bytes, in shared memory with the 128-byte swizzle: what the product wants to know of them.

@@ -59,8 +59,7 @@ extern "C" int run_on_cpu(int path, int option, int blocks, const Weights* w, co
   } else if (path == 2) {
     threads = kPromptThreads;
     memory = option == 128 ? kPromptMemory<128> : kPromptMemory<256>;
-    grid = dim3(static_cast<unsigned>((w->tiles + kPromptTiles - 1) / kPromptTiles),
-                static_cast<unsigned>((rows->M + option - 1) / option));
+    grid = dim3(option == 128 ? prompt_blocks<128>(w->tiles, rows->M) : prompt_blocks<256>(w->tiles, rows->M));
   } else {
     kernel = general;
     threads = kGeneralWarps * 32;
