@@ -1,11 +1,13 @@
 // Few rows of X (decoding): a kernel that lives as long as one read of the weights.
 //
 // Each block owns some tiles of 16 rows of the matrix. Its warps take turns at pieces of 256 inputs of a tile, so that
-// they read one stream together; each keeps the next pieces in flight. The planes of X are made once for each block
-// while the first weights are on their way. Sums of the warps meet in shared memory, in a fixed order.
+// they read one stream together; each keeps the next pieces in flight (ring.cuh). The planes of X are made once for each
+// block while the first weights are on their way. Sums of the warps meet in shared memory, in a fixed order. Two blocks
+// fit a multiprocessor: the second one is the next kernel's, whose weights come while this one ends.
 #pragma once
 
 #include "cuda/planes.cuh"
+#include "cuda/ring.cuh"
 
 namespace qbb::cuda {
 
@@ -23,72 +25,74 @@ __host__ __device__ inline DecodeShape decode_shape(int words) {
   return DecodeShape{chunks, (chunks + kPieceChunks - 1) / kPieceChunks};
 }
 
-// Bytes of shared memory: planes, steps with totals, sums.
-inline size_t decode_memory(int words, int bits, int rows) {
-  const size_t chunks = static_cast<size_t>(decode_shape(words).pieces) * kPieceChunks;
-  return static_cast<size_t>(rows) * (chunks * (static_cast<size_t>(bits) * 16 + 8) + kRoundTiles * kDecodeWarps * 64);
-}
-
 // Pieces in flight for each warp: enough bytes in all to wait for memory as one.
-template <int kBases>
-constexpr int kDepth = kBases == 1 ? 4 : kBases == 2 ? 3 : 2;
+constexpr int decode_depth(int bases) { return bases == 1 ? 5 : bases == 2 ? 3 : 2; }
 
 template <int kBases>
-using Piece = Chunk<kBases>[kPieceChunks];
+using DecodeRing = Ring<kBases, kPieceChunks>;
+
+// Bytes of shared memory: ring, planes, steps with totals, sums.
+inline size_t decode_memory(int words, int bases, int bits, int rows) {
+  const size_t chunks = static_cast<size_t>(decode_shape(words).pieces) * kPieceChunks;
+  const size_t piece = bases == 1   ? DecodeRing<1>::kPiece
+                       : bases == 2 ? DecodeRing<2>::kPiece
+                       : bases == 3 ? DecodeRing<3>::kPiece
+                                    : DecodeRing<4>::kPiece;
+  return kDecodeWarps * static_cast<size_t>(decode_depth(bases)) * piece * 4 +
+         static_cast<size_t>(rows) * (chunks * (static_cast<size_t>(bits) * 16 + 8) + kRoundTiles * kDecodeWarps * 64);
+}
 
 // Where a warp is: its pieces are kDecodeWarps apart.
 struct Cursor {
-  int tile, piece;
+  int tile, piece, slot;
 
+  template <int kDepth>
   __device__ __forceinline__ void advance(int pieces) {
     piece += kDecodeWarps;
     while (piece >= pieces) {
       piece -= pieces;
       ++tile;
     }
+    slot = slot + 1 == kDepth ? 0 : slot + 1;
   }
 };
 
-// One piece of a tile times up to kRows rows of X, added to `sums` (rows 2g and 2g + 1 of the tile) in units of 4^t / 2.
+// One chunk of a tile times up to kRows rows of X, added to `sums` (rows 2g and 2g + 1 of the tile) in units of 4^t / 2.
 template <int kBases, int kBits, int kRows>
-__device__ __forceinline__ void add_piece(float (&sums)[kRows][2], const Piece<kBases>& p, int first,
-                                          const uint32_t* planes, const float2* steps, int chunks, int lane) {
+__device__ __forceinline__ void add_chunk_of_planes(float (&sums)[kRows][2], const Chunk<kBases>& weights, int chunk,
+                                                    const uint32_t* planes, const float2* steps, int chunks, int lane) {
   constexpr int kTiles = kBits / 8;  // of eight planes
   const int t = lane % 4, sign = t == 3 ? -2 : 2;
 #pragma unroll
-  for (int u = 0; u < kPieceChunks; ++u) {
-    const int chunk = first + u;
+  for (int r = 0; r < kRows; ++r) {
+    const int place = r * chunks + chunk;
+    const float2 step = steps[place];  // with half of the inputs' total
+    const float half_total = t == 0 ? step.y : 0.0f;
+    uint32_t x[kTiles];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int place = r * chunks + chunk;
-      const float2 step = steps[place];  // with half of the inputs' total
-      const float half_total = t == 0 ? step.y : 0.0f;
-      uint32_t x[kTiles];
+    for (int i = 0; i < kTiles; ++i) x[i] = planes[(place * kTiles + i) * 32 + lane];
+    float part[2] = {0.0f, 0.0f};
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) x[i] = planes[(place * kTiles + i) * 32 + lane];
-      float part[2] = {0.0f, 0.0f};
-#pragma unroll
-      for (int b = 0; b < kBases; ++b) {
-        int c[4], d[4];
-        count_shared_bits(c, p[u].words[b].x, p[u].words[b].y, x[0]);
-        int first, second;
-        if constexpr (kTiles == 1) {
-          first = weigh(c[0], c[1], sign);
-          second = weigh(c[2], c[3], sign);
-        } else {
-          count_shared_bits(d, p[u].words[b].x, p[u].words[b].y, x[1]);
-          first = weigh(c[0], c[1], d[0], d[1], sign);
-          second = weigh(c[2], c[3], d[2], d[3], sign);
-        }
-        const float2 scale = to_floats(p[u].scales[b]);
-        part[0] = fmaf(scale.x, static_cast<float>(first) - half_total, part[0]);
-        part[1] = fmaf(scale.y, static_cast<float>(second) - half_total, part[1]);
+    for (int b = 0; b < kBases; ++b) {
+      int c[4], d[4];
+      count_shared_bits(c, weights.words[b].x, weights.words[b].y, x[0]);
+      int first, second;
+      if constexpr (kTiles == 1) {
+        first = weigh(c[0], c[1], sign);
+        second = weigh(c[2], c[3], sign);
+      } else {
+        count_shared_bits(d, weights.words[b].x, weights.words[b].y, x[1]);
+        first = weigh(c[0], c[1], d[0], d[1], sign);
+        second = weigh(c[2], c[3], d[2], d[3], sign);
       }
-      part[0] = fmaf(p[u].offset.x, half_total, part[0]);
-      part[1] = fmaf(p[u].offset.y, half_total, part[1]);
-      sums[r][0] = fmaf(step.x, part[0], sums[r][0]);
-      sums[r][1] = fmaf(step.x, part[1], sums[r][1]);
+      const float2 scale = to_floats(weights.scales[b]);
+      part[0] = fmaf(scale.x, static_cast<float>(first) - half_total, part[0]);
+      part[1] = fmaf(scale.y, static_cast<float>(second) - half_total, part[1]);
     }
+    part[0] = fmaf(weights.offset.x, half_total, part[0]);
+    part[1] = fmaf(weights.offset.y, half_total, part[1]);
+    sums[r][0] = fmaf(step.x, part[0], sums[r][0]);
+    sums[r][1] = fmaf(step.x, part[1], sums[r][1]);
   }
 }
 
@@ -96,48 +100,60 @@ __device__ __forceinline__ void add_piece(float (&sums)[kRows][2], const Piece<k
 template <int kBits, int kRows>
 __device__ __forceinline__ void make_planes(uint32_t* planes, float2* steps, const Weights& w, const Rows& rows,
                                             int chunks, int warp, int lane) {
-  constexpr int kTiles = kBits / 8;
-  for (int i = warp; i < kRows * chunks; i += kDecodeWarps) {
-    const int row = i / chunks, chunk = i % chunks;
-    Inputs in{};
-    if (row < rows.M) in = load_inputs(w, rows, row, chunk, lane);
-    const Planes<kBits> p = to_planes<kBits>(in, lane);
-    const int plane = lane % kBits;
-    uint32_t* to = planes + (i * kTiles + plane / 8) * 32 + plane % 8 * 4;
+  constexpr int kTiles = kBits / 8, kTogether = 4;  // chunks that are waited for together
+  const bool aligned = in_fours(w, rows);
+  for (int first = warp; first < kRows * chunks; first += kTogether * kDecodeWarps) {
+    RawInputs raw[kTogether];
 #pragma unroll
-    for (int r = 0; r < kTiles; ++r) to[r * 2 + lane / kBits] = p.planes[r];
-    const int total = sum_of_lanes(p.q[0] + p.q[1] + p.q[2] + p.q[3]);
-    if (lane == 0) steps[i] = make_float2(p.step, 0.5f * static_cast<float>(total));
+    for (int u = 0; u < kTogether; ++u) {
+      const int i = first + u * kDecodeWarps;
+      raw[u] = load_raw(w, rows, kRows == 1 ? 0 : i / chunks, kRows == 1 ? i : i % chunks, lane, aligned);
+    }
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      const int i = first + u * kDecodeWarps;
+      if (i >= kRows * chunks) break;
+      const Planes p = to_planes<kBits>(to_float4(raw[u], rows.type), lane);
+      uint32_t* to = planes + i * kTiles * 32 + plane_of(lane) * 4 + lane / 8;
+#pragma unroll
+      for (int r = 0; r < kTiles; ++r) to[r * 32] = p.planes[r];
+      const int total = sum_of_lanes(p.total);
+      if (lane == 0) steps[i] = make_float2(p.step, 0.5f * static_cast<float>(total));
+    }
   }
 }
 
 // float16 scales; groups that are 2^n chunks, or whole rows; rows.M <= kRows.
 template <int kBases, int kBits, int kRows>
-__global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode(const Weights w, const Rows rows) {
+__global__ void __launch_bounds__(kDecodeWarps * 32, 2) decode(const Weights w, const Rows rows) {
+  let_next_kernel_start();
+  using Pieces = DecodeRing<kBases>;
+  constexpr int kDepth = decode_depth(kBases);
   uint4* memory = block_memory();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const DecodeShape shape = decode_shape(w.words);
   const int chunks = shape.pieces * kPieceChunks;
-  auto* planes = reinterpret_cast<uint32_t*>(memory);
+  auto* ring = reinterpret_cast<uint32_t*>(memory) + warp * kDepth * Pieces::kPiece;
+  auto* planes = reinterpret_cast<uint32_t*>(memory) + kDecodeWarps * kDepth * Pieces::kPiece;
   auto* steps = reinterpret_cast<float2*>(planes + kRows * chunks * kBits * 4);
   auto* partial = reinterpret_cast<float*>(steps + kRows * chunks);  // [kRoundTiles][kDecodeWarps][kRows][16]
-  constexpr int kDeep = kDepth<kBases>;
-  const Lane mine = lane_of(lane);
 
   const auto share = [&](int i) { return static_cast<int>(static_cast<int64_t>(w.tiles) * i / gridDim.x); };
   const int first = share(static_cast<int>(blockIdx.x)), end = share(static_cast<int>(blockIdx.x) + 1);
   bool ready = false;
   for (int tile = first; tile < end; tile += kRoundTiles) {
     const int tiles = min(end - tile, kRoundTiles), round_end = tile + tiles;
-    Cursor next{tile, -kDecodeWarps + warp};
-    next.advance(shape.pieces);
+    Cursor next{tile, -kDecodeWarps + warp, -1};
+    next.advance<kDepth>(shape.pieces);
     Cursor now = next;
-    Piece<kBases> pieces[kDeep];
-#pragma unroll
-    for (int d = 0; d < kDeep; ++d) {
-      if (next.tile < round_end) load_chunks(pieces[d], w, mine, next.tile, next.piece * kPieceChunks);
-      next.advance(shape.pieces);
-    }
+    const auto fetch = [&]() {
+      if (next.tile < round_end) {
+        Pieces::fetch(ring + next.slot * Pieces::kPiece, w, next.tile, next.piece * kPieceChunks, lane);
+      }
+      end_copies();  // a set each time, so that the oldest of kDepth sets is always the next piece
+      next.advance<kDepth>(shape.pieces);
+    };
+    for (int d = 0; d < kDepth; ++d) fetch();
     for (int i = static_cast<int>(threadIdx.x); i < tiles * kDecodeWarps * kRows * QBB_TILE_ROWS; i += kDecodeWarps * 32) {
       partial[i] = 0.0f;
     }
@@ -165,22 +181,22 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode(const Weights w, 
         }
       }
     };
-    while (now.tile < round_end) {
-#pragma unroll
-      for (int d = 0; d < kDeep; ++d) {
-        if (now.tile >= round_end) break;
-        if (now.tile != open) {
-          close();
-          open = now.tile;
-        }
-        add_piece<kBases, kBits, kRows>(sums, pieces[d], now.piece * kPieceChunks, planes, steps, chunks, lane);
-        if (next.tile < round_end) load_chunks(pieces[d], w, mine, next.tile, next.piece * kPieceChunks);
-        next.advance(shape.pieces);
-        now.advance(shape.pieces);
+    for (; now.tile < round_end; now.advance<kDepth>(shape.pieces)) {
+      if (now.tile != open) {
+        close();
+        open = now.tile;
       }
+      wait_for_copies<kDepth - 1>();
+      const uint32_t* piece = ring + now.slot * Pieces::kPiece;
+#pragma unroll
+      for (int u = 0; u < kPieceChunks; ++u) {
+        const Chunk<kBases> weights = Pieces::take(piece, w, u, lane);
+        add_chunk_of_planes<kBases, kBits, kRows>(sums, weights, now.piece * kPieceChunks + u, planes, steps, chunks, lane);
+      }
+      __syncwarp();  // all lanes have read the piece
+      fetch();
     }
     if (open < round_end) close();
-    let_next_kernel_start();
     __syncthreads();
 
     for (int i = static_cast<int>(threadIdx.x); i < tiles * kRows * QBB_TILE_ROWS; i += kDecodeWarps * 32) {

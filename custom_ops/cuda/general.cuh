@@ -14,20 +14,17 @@ __global__ void __launch_bounds__(kGeneralWarps * 32) general(const Weights w, c
   const int g = lane / 4, t = lane % 4, sign = t == 3 ? -2 : 2;
   const int tile = static_cast<int>(blockIdx.x), row = static_cast<int>(blockIdx.y);
   const int chunks = (w.words + kChunkWords - 1) / kChunkWords;
+  const bool aligned = in_fours(w, rows);
+  let_next_kernel_start();
   wait_for_previous_kernel();
   float sums[2] = {0.0f, 0.0f};
   for (int chunk = warp; chunk < chunks; chunk += kGeneralWarps) {
-    const Planes<16> p = to_planes<16>(load_inputs(w, rows, row, chunk, lane), lane);
-    uint32_t x[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {  // plane 8i + g of word t
-      const int from = t % 2 * 16 + i * 8 + g;
-      const uint32_t low = __shfl_sync(kAllLanes, p.planes[0], from), high = __shfl_sync(kAllLanes, p.planes[1], from);
-      x[i] = t / 2 == 0 ? low : high;
-    }
+    const Planes p = to_planes<16>(to_float4(load_raw(w, rows, row, chunk, lane, aligned), rows.type), lane);
+    const int from = 8 * t + lane_of_plane(g);  // plane g of word t, and plane g + 8
+    const uint32_t x[2] = {__shfl_sync(kAllLanes, p.planes[0], from), __shfl_sync(kAllLanes, p.planes[1], from)};
     int totals[kChunkWords];
 #pragma unroll
-    for (int i = 0; i < kChunkWords; ++i) totals[i] = sum_of_lanes(p.q[i]);
+    for (int i = 0; i < kChunkWords; ++i) totals[i] = sum_of_lanes(lane / 8 == i ? p.total : 0);
     const int word = chunk * kChunkWords + t;
     const int last = min(chunk * kChunkWords + kChunkWords, w.words) - 1;
     for (int group = chunk * kChunkWords / w.group_words; group <= last / w.group_words; ++group) {
@@ -66,7 +63,6 @@ __global__ void __launch_bounds__(kGeneralWarps * 32) general(const Weights w, c
     v += __shfl_xor_sync(kAllLanes, v, 2);
     if (t == 0) partial[warp][2 * g + i] = v;
   }
-  let_next_kernel_start();
   __syncthreads();
   const int n = static_cast<int>(threadIdx.x), out = tile * QBB_TILE_ROWS + n;
   if (n < QBB_TILE_ROWS && out < w.N) {

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/weights.h"
 
@@ -45,10 +46,43 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
+// The next kernel may start where there is room: it waits for this one's end before it reads what this one writes.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// Starts a copy of kBytes (4, 8 or 16, aligned) from device to shared memory.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(kBytes) : "memory");
+  }
+#else
+  using Value = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t>>;
+  *static_cast<Value*>(to) = __ldg(static_cast<const Value*>(from));
+#endif
+}
+
+// Closes a set of this thread's copies.
+__device__ __forceinline__ void end_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Until only the last kOpen sets of the copies of each lane are under way; all lanes can read what has arrived.
+template <int kOpen>
+__device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
+#endif
+  __syncwarp();
 }
 
 // How many bits rows of A and columns of B share: A 16×128 bits, B 128×8. With g = lane / 4 and t = lane % 4, a lane

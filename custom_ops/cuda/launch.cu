@@ -109,7 +109,7 @@ bool regular(const Weights& w, const Device& device) {
   const int chunks = w.group_words / kChunkWords;
   const bool power = w.group_words % kChunkWords == 0 && (chunks & (chunks - 1)) == 0;
   return w.half_scales && w.bases <= 4 && (power || w.group_words == w.words) &&
-         static_cast<int64_t>(decode_memory(w.words, 16, 4)) <= device.shared_memory;
+         static_cast<int64_t>(decode_memory(w.words, w.bases, 16, 4)) <= device.shared_memory;
 }
 
 cudaError_t reserve(const Weights& w, const Device& device) {
@@ -149,7 +149,7 @@ cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, 
     if (rule.path == Path::kDecode) {
       const int bits = integer ? 8 : 16;
       status = start(decode_kernel(w.bases, bits, rule.step), dim3(std::min(tiles, device.multiprocessors)),
-                     kDecodeWarps * 32, decode_memory(w.words, bits, rule.step), w, part, device, stream);
+                     kDecodeWarps * 32, decode_memory(w.words, w.bases, bits, rule.step), w, part, device, stream);
     } else if (rule.path == Path::kBatch || rule.path == Path::kBytes) {
       const bool bytes = rule.path == Path::kBytes;
       const int columns = count <= kColumn ? 1 : count <= 2 * kColumn || bytes ? 2 : 4;

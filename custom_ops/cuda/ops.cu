@@ -159,7 +159,7 @@ qbb_cuda_kernel::qbb_cuda_kernel(const qbb_matrix& m, int32_t mode, const char* 
   } else {
     const uintptr_t places = reinterpret_cast<uintptr_t>(m.planes.data) | reinterpret_cast<uintptr_t>(m.scales.data) |
                              (one_offset ? 0 : reinterpret_cast<uintptr_t>(m.offset.data));
-    if (places % 8 != 0) throw Error("misaligned weights", "addresses that are multiples of 8", "others", QBB_UNSUPPORTED);
+    if (places % 16 != 0) throw Error("misaligned weights", "addresses that are multiples of 16", "others", QBB_UNSUPPORTED);
   }
   while (weights.group_words != weights.words && (qbb::cuda::kChunkWords << weights.group_shift) < weights.group_words) {
     ++weights.group_shift;

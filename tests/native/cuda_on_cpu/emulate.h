@@ -149,6 +149,7 @@ inline uint32_t shuffle(uint32_t v, int from) { return show(&v, 1)[from][0]; }
 }  // namespace emulate
 
 inline void __syncthreads() { emulate::meet(emulate::state().everybody); }
+inline void __syncwarp() { emulate::show(nullptr, 0); }
 inline uint32_t __shfl_sync(unsigned, uint32_t v, int from) { return emulate::shuffle(v, from); }
 inline uint32_t __shfl_xor_sync(unsigned, uint32_t v, int mask) { return emulate::shuffle(v, emulate::lane() ^ mask); }
 inline float __shfl_xor_sync(unsigned, float v, int mask) {

@@ -51,7 +51,7 @@ extern "C" int run_on_cpu(int path, int option, int blocks, const Weights* w, co
   }
   if (path == 0) {
     threads = kDecodeWarps * 32;
-    memory = decode_memory(w->words, option / 100, option % 100);
+    memory = decode_memory(w->words, w->bases, option / 100, option % 100);
   } else if (path == 1 || path == 4) {
     threads = kBatchWarps * 32;
     memory = kBatchMemory;

@@ -29,6 +29,16 @@ inline float max_of_lanes(float v) {
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
 
+template <int kBytes>
+inline void copy_async(void* to, const void* from) {
+  std::memcpy(to, from, kBytes);
+}
+inline void end_copies() {}
+template <int kOpen>
+inline void wait_for_copies() {
+  __syncwarp();
+}
+
 inline void count_shared_bits(int c[4], uint32_t a0, uint32_t a1, uint32_t b) {
   const uint32_t mine[3] = {a0, a1, b};
   const emulate::Shown& all = emulate::show(mine, 3);
