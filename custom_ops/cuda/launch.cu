@@ -72,13 +72,10 @@ cudaError_t start(Kernel kernel, dim3 grid, int threads, size_t memory, const We
   return cudaLaunchKernelEx(&config, kernel, w, rows);
 }
 
-// Whether blocks of 128 rows of X are faster than those of 256: they take about 3/5 of the time, as weights have to be made
+// Whether parts of 128 rows of X are faster than those of 256. They take about 3/5 of the time, as weights have to be made
 // all the same, but may leave fewer multiprocessors without work.
-bool prefer_small_blocks(unsigned small, unsigned large, int multiprocessors) {
-  const auto turns = [&](unsigned blocks) {
-    const auto at_a_time = static_cast<unsigned>(multiprocessors);
-    return (blocks + at_a_time - 1) / at_a_time;
-  };
+bool prefer_small_parts(int64_t small, int64_t large, int multiprocessors) {
+  const auto turns = [&](int64_t parts) { return (parts + multiprocessors - 1) / multiprocessors; };
   return 3 * turns(small) < 5 * turns(large);
 }
 
@@ -160,12 +157,11 @@ cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, 
       status = start(kernel, dim3(std::min(tiles, 2 * device.multiprocessors), static_cast<unsigned>(blocks)),
                      kBatchWarps * 32, kBatchMemory, w, part, device, stream);
     } else if (rule.path == Path::kPrompt) {
-      const unsigned small = prompt_blocks<128>(tiles, count), large = prompt_blocks<256>(tiles, count);
-      const bool halve = prefer_small_blocks(small, large, device.multiprocessors);
-      status = halve ? start(prompt_kernel<128>(w.bases), dim3(small), kPromptThreads, kPromptMemory<128>, w, part,
-                             device, stream)
-                     : start(prompt_kernel<256>(w.bases), dim3(large), kPromptThreads, kPromptMemory<256>, w, part,
-                             device, stream);
+      const int64_t small = prompt_parts<128>(tiles, count), large = prompt_parts<256>(tiles, count);
+      const bool halve = prefer_small_parts(small, large, device.multiprocessors);
+      const dim3 grid(static_cast<unsigned>(std::min<int64_t>(halve ? small : large, device.multiprocessors)));
+      status = start(halve ? prompt_kernel<128>(w.bases) : prompt_kernel<256>(w.bases), grid, kPromptThreads,
+                     halve ? kPromptMemory<128> : kPromptMemory<256>, w, part, device, stream);
     } else {
       status = start(general, dim3(tiles, static_cast<unsigned>(count)), kGeneralWarps * 32, 0, w, part, device, stream);
     }

@@ -1,9 +1,9 @@
 // Many rows of X (prompts), float16, on Hopper: weights made float16 in registers are one operand of the warpgroup's
 // matrix product, X in shared memory is the other.
 //
-// A block makes 128 outputs for kTokens rows of X. A third warpgroup copies X, as it is, and packed weights into shared
-// memory, a few chunks ahead; two make weights in the order of X and multiply. Making the weights of half a chunk overlaps
-// with the products of the half before.
+// A block makes 128 outputs for kTokens rows of X at a time. One of its three warpgroups copies X, as it is, and packed
+// weights into shared memory, a few chunks ahead, also of the next outputs while the last ones are stored. Two make weights
+// in the order of X and multiply; making those of half a chunk overlaps with the products of the half before.
 #pragma once
 
 #include "cuda/levels.cuh"
@@ -13,20 +13,21 @@ namespace qbb::cuda {
 
 constexpr int kPromptThreads = 3 * kWarpgroup;
 
+// Parts of 128 outputs and kTokens rows of X; a block makes one after the other.
 template <int kTokens>
-unsigned prompt_blocks(int tiles, int64_t M) {
-  return static_cast<unsigned>((tiles + kPromptTiles - 1) / kPromptTiles * ((M + kTokens - 1) / kTokens));
+__host__ __device__ inline int64_t prompt_parts(int tiles, int64_t M) {
+  return (tiles + kPromptTiles - 1) / kPromptTiles * ((M + kTokens - 1) / kTokens);
 }
 
 #if QBB_WARPGROUP_PRODUCTS
 
-// Which outputs and rows of X are this block's, both in blocks. Blocks that run at a time have consecutive numbers: they
-// should read few different weights and few different rows of X, so that the L2 cache serves most of it.
+// Which 128 outputs and which kTokens rows are a part's. Parts made at a time have consecutive numbers: they should read
+// few different weights and few different rows of X, so that the L2 cache serves most of it.
 template <int kTokens>
-__device__ __forceinline__ int2 place_of_block(int block, int tiles, int M) {
-  constexpr int kHigh = 2048 / kTokens;  // blocks of rows before the next outputs
+__device__ __forceinline__ int2 place_of(int part, int tiles, int M) {
+  constexpr int kHigh = 2048 / kTokens;  // parts with the same outputs before the next outputs
   const int outputs = (tiles + kPromptTiles - 1) / kPromptTiles, all = (M + kTokens - 1) / kTokens;
-  const int first = block / (outputs * kHigh) * kHigh, high = min(all - first, kHigh), rest = block - first * outputs;
+  const int first = part / (outputs * kHigh) * kHigh, high = min(all - first, kHigh), rest = part - first * outputs;
   return make_int2(rest / high, first + rest % high);
 }
 
@@ -77,34 +78,38 @@ __device__ __forceinline__ void add_pairs(uint32_t (&a)[4][4], const uint32_t (&
   }
 }
 
-// The block's results through `memory` (kTokens × 256 bytes), so that whole rows of 128 outputs are stored. Threads of the
-// two warpgroups; N is a multiple of 8, and y of 16 bytes.
+// Results of a thread: outputs `out` and the next one of each eighth row, and of the row after it. y: the part's first
+// row, of which there are `here`. A warp writes 32 bytes at a time of four rows: whole sectors.
 template <int kTokens>
-__device__ __forceinline__ void store_rows(char* memory, const float (&sums)[kTokens / 2], float unit, float2 bias,
-                                           __half* y, int out, int here, int N, int thread) {
-  const int warp = thread / 32, lane = thread % 32;
-  meet_first<2 * kWarpgroup>();  // all products are done, so the memory of X is free
+__device__ __forceinline__ void store_results(__half* y, const float (&sums)[kTokens / 2], float unit, float2 bias, int out,
+                                              int here, int N, int lane) {
+  const int row = lane % 4 * 2;
+  y += static_cast<int64_t>(row) * N + out;
+  const auto each = [&](auto store) {
+    __half* to = y;
 #pragma unroll
-  for (int n = 0; n < kTokens / 8; ++n) {
+    for (int n = 0; n < kTokens / 8; ++n) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int of_eight = lane % 4 * 2 + i, piece = (warp * 2 + lane / 16) ^ of_eight;  // a swizzle: no bank conflicts
-      *reinterpret_cast<__half2*>(memory + (n * 8 + of_eight) * 256 + piece * 16 + lane / 4 % 4 * 4) =
-          __floats2half2_rn(fmaf(sums[4 * n + i], unit, bias.x), fmaf(sums[4 * n + 2 + i], unit, bias.y));
+      for (int i = 0; i < 2; ++i) {
+        const __half2 pair = __floats2half2_rn(fmaf(sums[4 * n + i], unit, bias.x), fmaf(sums[4 * n + 2 + i], unit, bias.y));
+        if (n * 8 + row + i < here) store(to + i * N, pair);
+      }
+      to += static_cast<int64_t>(8) * N;
     }
-  }
-  meet_first<2 * kWarpgroup>();
-  const int piece = thread % 16;
-  if (out + piece * 8 >= N) return;
-  for (int r = thread / 16; r < here; r += 2 * kWarpgroup / 16) {
-    *reinterpret_cast<uint4*>(y + static_cast<int64_t>(r) * N + out + piece * 8) =
-        *reinterpret_cast<const uint4*>(memory + r * 256 + (piece ^ r % 8) * 16);
+  };
+  if (out + 1 < N && N % 2 == 0 && reinterpret_cast<uintptr_t>(y) % 4 == 0) {
+    each([](__half* to, __half2 pair) { *reinterpret_cast<__half2*>(to) = pair; });
+  } else {
+    each([&](__half* to, __half2 pair) {
+      if (out < N) to[0] = __low2half(pair);
+      if (out + 1 < N) to[1] = __high2half(pair);
+    });
   }
 }
 
 #endif
 
-// float16 X and scales; groups that are 2^n chunks, or whole rows. blockIdx.x: see place_of_block.
+// float16 X and scales; groups that are 2^n chunks, or whole rows. Blocks: any number, as each takes its share of the parts.
 template <int kBases, int kTokens>
 __global__ void __launch_bounds__(kPromptThreads, 1) prompt(const Weights w, const Rows rows) {
 #if QBB_WARPGROUP_PRODUCTS
@@ -115,8 +120,7 @@ __global__ void __launch_bounds__(kPromptThreads, 1) prompt(const Weights w, con
   char* weights = memory + kStages * kStageBytes<kTokens>;
   const int thread = static_cast<int>(threadIdx.x);
   const int chunks = (w.words + kChunkWords - 1) / kChunkWords;
-  const int2 place = place_of_block<kTokens>(static_cast<int>(blockIdx.x), w.tiles, rows.M);
-  const int row = place.y * kTokens, here = min(rows.M - row, kTokens);
+  const int parts = static_cast<int>(prompt_parts<kTokens>(w.tiles, rows.M));
   if (thread == 0) {
     for (int s = 0; s < kStages; ++s) {
       init_barrier(&full[s], kWarpgroup);
@@ -127,105 +131,98 @@ __global__ void __launch_bounds__(kPromptThreads, 1) prompt(const Weights w, con
   let_next_kernel_start();  // it waits for this one before it reads or writes what this one does
   __syncthreads();
   if (thread >= 2 * kWarpgroup) {
-    give_registers<40>();
-    const int own = thread - 2 * kWarpgroup;
-    const auto* x = static_cast<const uint16_t*>(rows.x) + static_cast<int64_t>(row) * w.K;
+    give_registers<56>();
+    const int own = thread - 2 * kWarpgroup, first = static_cast<int>(blockIdx.x), ahead = min(kStages, chunks);
     const bool aligned = w.K % 8 == 0 && reinterpret_cast<uintptr_t>(rows.x) % 16 == 0;
-    const auto weights_of = [&](int chunk, int stage) {
-      copy_weights<kBases>(shared_address(weights + stage * kStageWeights<kBases>), w, place.x * kPromptTiles, chunk, own);
+    const auto weights_of = [&](int2 place, int chunk, int stage) {
+      copy_weights<kBases>(weights + stage * kStageWeights<kBases>, w, place.x * kPromptTiles, chunk, own);
     };
-    const auto rows_of = [&](int chunk, int stage) {
-      copy_rows<kTokens>(memory + stage * kStageBytes<kTokens>, x, chunk, here, w.K, aligned, own);
-    };
-    for (int chunk = 0; chunk < min(kStages, chunks); ++chunk) weights_of(chunk, chunk);
+    if (first < parts) {
+      const int2 place = place_of<kTokens>(first, w.tiles, rows.M);
+      for (int chunk = 0; chunk < ahead; ++chunk) weights_of(place, chunk, chunk);
+    }
     wait_for_previous_kernel();
-    for (int chunk = 0, stage = 0, parity = 1; chunk < chunks; ++chunk) {
-      if (chunk >= kStages) {
-        wait_for(&empty[stage], parity);
-        weights_of(chunk, stage);
-      }
-      rows_of(chunk, stage);
-      if (aligned) {
-        arrive_after_copies(&full[stage]);
-      } else {  // there were stores, too
-        wait_for_copies();
-        arrive(&full[stage]);
-      }
-      if (++stage == kStages) {
-        stage = 0;
-        parity ^= 1;
+    for (int part = first, count = 0, stage = 0, parity = 1; part < parts; part += static_cast<int>(gridDim.x)) {
+      const int2 place = place_of<kTokens>(part, w.tiles, rows.M);
+      const int row = place.y * kTokens;
+      const auto* x = static_cast<const uint16_t*>(rows.x) + static_cast<int64_t>(row) * w.K;
+      for (int chunk = 0; chunk < chunks; ++chunk, ++count) {
+        if (count >= kStages) wait_for(&empty[stage], parity);
+        if (count >= ahead) weights_of(place, chunk, stage);
+        copy_rows<kTokens>(memory + stage * kStageBytes<kTokens>, x, chunk, min(rows.M - row, kTokens), w.K, aligned, own);
+        if (aligned) {
+          arrive_after_copies(&full[stage]);
+        } else {  // there were stores, too
+          finish_copies();
+          arrive(&full[stage]);
+        }
+        if (++stage == kStages) {
+          stage = 0;
+          parity ^= 1;
+        }
       }
     }
-    wait_for_copies();
+    finish_copies();
     return;
   }
-  take_registers<232>();
+  take_registers<224>();
   constexpr int kPart = kBases == 4 ? 2 : kBases;  // a look-up has eight entries, so four bases are two matrices
   const int lane = thread % 32, warp = thread / 32;
   const Lane own = lane_of(lane);
   const uint32_t turn = turn_of(own.t);
   const float inverse = 1.0f / w.unit;
-  float sums[kTokens / 2] = {};
-  uint32_t a[2][4][4];  // weights of half a chunk, while those of the half before are still being multiplied
-  for (int chunk = 0, stage = 0, parity = 0, last = 0; chunk < chunks; ++chunk) {
-    wait_for(&full[stage], parity);
-    show_stores();
-    const char* words = weights + stage * kStageWeights<kBases> + warp * 256 + own.g * 8;
-    const char* scales = weights + stage * kStageWeights<kBases> + kBases * kWordBytes + warp * 32 + own.g * 4;
-    float2 z = make_float2(0.0f, 0.0f);
-    if (w.offset != nullptr) {
-      z = *reinterpret_cast<const float2*>(weights + stage * kStageWeights<kBases> +
-                                           kBases * (kWordBytes + kScaleBytes) + warp * 64 + own.g * 8);
-      z = make_float2(z.x * inverse, z.y * inverse);
-    }
-    Levels levels[2];
-    [[maybe_unused]] Levels rest[2];
-    load_levels<0, kPart>(levels, scales, z, inverse);
-    if constexpr (kBases == 4) load_levels<2, 2>(rest, scales, make_float2(0.0f, 0.0f), inverse);
-    const uint32_t x = shared_address(memory + stage * kStageBytes<kTokens>);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const char* here_words = words + half * 2 * QBB_TILE_ROWS * 4;
-      make_weights<0, kPart>(a[half], levels, here_words, turn);
-      if constexpr (kBases == 4) {
-        uint32_t b[4][4];
-        make_weights<2, 2>(b, rest, here_words, turn);
-        add_pairs(a[half], b);
+  for (int part = static_cast<int>(blockIdx.x), stage = 0, parity = 0; part < parts; part += static_cast<int>(gridDim.x)) {
+    float sums[kTokens / 2] = {};
+    uint32_t a[2][4][4];  // weights of half a chunk, while those of the half before are still being multiplied
+    int last = 0;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      wait_for(&full[stage], parity);
+      show_stores();
+      const char* words = weights + stage * kStageWeights<kBases> + warp * 256 + own.g * 8;
+      const char* scales = weights + stage * kStageWeights<kBases> + kBases * kWordBytes + warp * 32 + own.g * 4;
+      float2 z = make_float2(0.0f, 0.0f);
+      if (w.offset != nullptr) {
+        z = *reinterpret_cast<const float2*>(weights + stage * kStageWeights<kBases> +
+                                             kBases * (kWordBytes + kScaleBytes) + warp * 64 + own.g * 8);
+        z = make_float2(z.x * inverse, z.y * inverse);
       }
-      begin_products();
+      Levels levels[2];
+      [[maybe_unused]] Levels rest[2];
+      load_levels<0, kPart>(levels, scales, z, inverse);
+      if constexpr (kBases == 4) load_levels<2, 2>(rest, scales, make_float2(0.0f, 0.0f), inverse);
+      const uint32_t x = shared_address(memory + stage * kStageBytes<kTokens>);
 #pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        start_product(sums, a[half][s], descriptor(x + static_cast<uint32_t>(half * kTokens * kRowBytes + s * 32)));
+      for (int half = 0; half < 2; ++half) {
+        const char* here_words = words + half * 2 * QBB_TILE_ROWS * 4;
+        make_weights<0, kPart>(a[half], levels, here_words, turn);
+        if constexpr (kBases == 4) {
+          uint32_t b[4][4];
+          make_weights<2, 2>(b, rest, here_words, turn);
+          add_pairs(a[half], b);
+        }
+        begin_products();
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+          start_product(sums, a[half][s], descriptor(x + static_cast<uint32_t>(half * kTokens * kRowBytes + s * 32)));
+        }
+        end_products();
+        wait_for_products<1>();
+        if (half == 0 && chunk > 0 && lane == 0) arrive(&empty[last]);
       }
-      end_products();
-      wait_for_products<1>();
-      if (half == 0 && chunk > 0 && lane == 0) arrive(&empty[last]);
+      last = stage;
+      if (++stage == kStages) {
+        stage = 0;
+        parity ^= 1;
+      }
     }
-    last = stage;
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-  wait_for_products<0>();
-  const int first_out = place.x * kPromptTiles * QBB_TILE_ROWS, out = first_out + warp * QBB_TILE_ROWS + lane / 4 * 2;
-  const float2 bias = make_float2(w.bias == nullptr || out >= w.N ? 0.0f : w.bias[out],
-                                  w.bias == nullptr || out + 1 >= w.N ? 0.0f : w.bias[out + 1]);
-  auto* y = static_cast<__half*>(rows.y) + static_cast<int64_t>(row) * w.N;
-  if (w.N % 8 == 0 && reinterpret_cast<uintptr_t>(rows.y) % 16 == 0) {
-    store_rows<kTokens>(memory, sums, w.unit, bias, y, first_out, here, w.N, thread);
-    return;
-  }
-#pragma unroll
-  for (int n = 0; n < kTokens / 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int r = n * 8 + lane % 4 * 2 + i;
-      if (r >= here) continue;
-      __half* to = y + static_cast<int64_t>(r) * w.N + out;
-      if (out < w.N) to[0] = __float2half_rn(fmaf(sums[4 * n + i], w.unit, bias.x));
-      if (out + 1 < w.N) to[1] = __float2half_rn(fmaf(sums[4 * n + 2 + i], w.unit, bias.y));
-    }
+    wait_for_products<0>();
+    if (lane == 0) arrive(&empty[last]);
+    const int2 place = place_of<kTokens>(part, w.tiles, rows.M);
+    const int out = (place.x * kPromptTiles + warp) * QBB_TILE_ROWS + lane / 4 * 2, row = place.y * kTokens;
+    const float2 bias = make_float2(w.bias == nullptr || out >= w.N ? 0.0f : w.bias[out],
+                                    w.bias == nullptr || out + 1 >= w.N ? 0.0f : w.bias[out + 1]);
+    store_results<kTokens>(static_cast<__half*>(rows.y) + static_cast<int64_t>(row) * w.N, sums, w.unit, bias, out,
+                           min(rows.M - row, kTokens), w.N, lane);
   }
 #endif
 }

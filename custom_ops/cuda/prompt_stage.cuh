@@ -32,9 +32,9 @@ constexpr size_t kPromptMemory = size_t{kPromptStages<kTokens>} * (kStageBytes<k
 
 #if QBB_WARPGROUP_PRODUCTS
 
-// Bits 0 .. 7 of `thread`: a thread of the warpgroup that copies. `to`: a stage's weights.
+// `thread` of the warpgroup that copies; `to`: a stage's weights. Their addresses are multiples of 8, not always of 16.
 template <int kBases>
-__device__ __forceinline__ void copy_weights(uint32_t to, const Weights& w, int first_tile, int chunk, int thread) {
+__device__ __forceinline__ void copy_weights(char* to, const Weights& w, int first_tile, int chunk, int thread) {
   constexpr uint32_t kRow = QBB_TILE_ROWS * 4;
   const int warp = thread / 32, lane = thread % 32;
   const auto tile_of = [&](int i) { return min(first_tile + i, w.tiles - 1); };
@@ -50,18 +50,18 @@ __device__ __forceinline__ void copy_weights(uint32_t to, const Weights& w, int 
                         static_cast<uint32_t>(lane % 8 * 8);
 #pragma unroll
     for (int b = 0; b < kBases; ++b) {
-      copy_pair(to + static_cast<uint32_t>(b * kWordBytes + i * 256 + thread * 8),
+      copy_async<8>(to + b * kWordBytes + i * 256 + thread * 8,
                 reinterpret_cast<const char*>(w.planes) + b * w.plane_bytes + at);
     }
   }
   to += kBases * kWordBytes;
   if (warp < kBases) {
-    copy_pair(to + static_cast<uint32_t>(thread * 8), static_cast<const char*>(w.scales) + warp * w.scale_bytes +
+    copy_async<8>(to + thread * 8, static_cast<const char*>(w.scales) + warp * w.scale_bytes +
                                                           part_of_tile(lane / 4, kRow / 2) + lane % 4 * 8);
   }
   to += kBases * kScaleBytes;
   if (w.offset != nullptr && thread < kOffsetBytes / 8) {
-    copy_pair(to + static_cast<uint32_t>(thread * 8),
+    copy_async<8>(to + thread * 8,
               reinterpret_cast<const char*>(w.offset) + part_of_tile(thread / 8, kRow) + thread % 8 * 8);
   }
 }

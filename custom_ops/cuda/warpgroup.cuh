@@ -53,23 +53,13 @@ __device__ __forceinline__ void copy_piece(uint32_t to, const void* from, bool r
                : "memory");
 }
 
-// 8 bytes.
-__device__ __forceinline__ void copy_pair(uint32_t to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
-}
-
 // Arrives once what this thread copies has arrived; the thread goes on.
 __device__ __forceinline__ void arrive_after_copies(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-// The block's first kThreads threads wait for each other.
-template <int kThreads>
-__device__ __forceinline__ void meet_first() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
-}
+// Until all copies of this thread have arrived.
+__device__ __forceinline__ void finish_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Rows of X of 128 bytes, in shared memory with the 128-byte swizzle: what the product wants to know of them.
 __device__ __forceinline__ uint64_t descriptor(uint32_t address) {

@@ -68,9 +68,23 @@ def test_large(bases: int, mode: str, arch: str | None) -> None:
             check(layer, rows, dtype, mode=fmt.MODES.index(mode), arch=arch)
 
 
+@pytest.mark.parametrize("bases", (1, 2, 3, 4))
+def test_prompts(bases: int) -> None:
+    """More than a GPU multiplies at a time; rows that cannot be copied 16 bytes at a time; outputs one by one."""
+    rng = np.random.default_rng(bases)
+    for K, N, group, rows in (
+        (520, 2056, 128, 2300),
+        (1160, 2050, 256, 2300),
+        (333, 1001, 333, 700),
+        (4096, 512, 512, 400),
+    ):
+        layer = make_layer(rng, K, N, bases, group, dtype=np.float16, offset=bases < 3, bias=True)
+        check(with_garbage(rng, layer), rows, torch.float16)
+
+
 def test_same_bytes_every_time() -> None:
     rng = np.random.default_rng(0)
-    for group_size, rows in itertools.product((128, 64, 0), (1, 2, 8, 100)):
+    for group_size, rows in itertools.product((128, 64, 0), (1, 2, 8, 100, 3000)):
         kernel = CudaKernel(make_layer(rng, 2048, 1000, 3, group_size or None, dtype=np.float16))
         x = torch.randn(rows, 2048, device="cuda", dtype=torch.float16)
         first = kernel(x)

@@ -148,8 +148,8 @@ def test_prompt(library: ctypes.CDLL, bases: int) -> None:
         run(library, with_garbage(rng, layer), x, FLOAT16, PROMPT, tokens)
 
 
-def test_prompt_of_many_blocks(library: ctypes.CDLL) -> None:
-    """Blocks of rows in two sets, the second one of which is smaller."""
+def test_prompt_of_many_rows(library: ctypes.CDLL) -> None:
+    """Several parts for each block; their order has a second set of rows, a smaller one."""
     rng = np.random.default_rng(0)
     layer = make_layer(rng, 40, 272, 2, 40, dtype=np.float16, offset=True)
     run(library, with_garbage(rng, layer), inputs(rng, 2200, 40), FLOAT16, PROMPT, 128)

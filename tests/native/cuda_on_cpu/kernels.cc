@@ -59,7 +59,6 @@ extern "C" int run_on_cpu(int path, int option, int blocks, const Weights* w, co
   } else if (path == 2) {
     threads = kPromptThreads;
     memory = option == 128 ? kPromptMemory<128> : kPromptMemory<256>;
-    grid = dim3(option == 128 ? prompt_blocks<128>(w->tiles, rows->M) : prompt_blocks<256>(w->tiles, rows->M));
   } else {
     kernel = general;
     threads = kGeneralWarps * 32;

@@ -42,11 +42,8 @@ inline std::vector<Copy>& copies() {
 inline void copy_piece(uint32_t to, const void* from, bool real) {
   copies().push_back(Copy{emulate::state().memory_start + to, from, real ? size_t{16} : 0, real ? 0 : size_t{16}});
 }
-inline void copy_pair(uint32_t to, const void* from) {
-  copies().push_back(Copy{emulate::state().memory_start + to, from, 8, 0});
-}
 
-inline void wait_for_copies() {
+inline void finish_copies() {
   for (const Copy& copy : copies()) {
     std::memcpy(copy.to, copy.from, copy.bytes);
     std::memset(copy.to, 0, copy.zeros);
@@ -54,14 +51,8 @@ inline void wait_for_copies() {
   copies().clear();
 }
 inline void arrive_after_copies(uint64_t* barrier) {
-  wait_for_copies();
+  finish_copies();
   arrive(barrier);
-}
-
-template <int kThreads>
-inline void meet_first() {
-  static const char key = 0;
-  emulate::meet(emulate::state().barriers.try_emplace(&key, emulate::Meeting{kThreads}).first->second);
 }
 
 inline uint64_t descriptor(uint32_t address) { return address; }
