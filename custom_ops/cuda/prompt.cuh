@@ -30,8 +30,10 @@ __device__ __forceinline__ void stage_chunk(char* stage, const uint16_t* x, int 
                                             int thread) {
   for (int i = thread; i < kTokens * kChunkWords; i += kWarpgroup) {
     const int word = i % kChunkWords, row = i / kChunkWords;
-    uint32_t r[16] = {};
-    if (row < here) load_word(r, x + static_cast<int64_t>(row) * K, chunk * kChunk + word * QBB_WORD_BITS, K, aligned);
+    uint4 raw[4] = {};
+    if (row < here) load_word(raw, x + static_cast<int64_t>(row) * K, chunk * kChunk + word * QBB_WORD_BITS, K, aligned);
+    uint32_t r[16];
+    spread(r, raw);
     char* to = stage + row * 128 + word * 4;
 #pragma unroll
     for (int i4 = 0; i4 < 4; ++i4) {
