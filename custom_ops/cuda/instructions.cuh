@@ -126,21 +126,18 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
 }
 
 
-// c (+)= a × b: whole numbers of 8 bits, a 16×32 and at least 0, b 32×8, c int32; kFirst: c was 0; kSigned: b has a sign. As
-// `multiply`, with four neighbouring inputs in a register where that has two. Not on Turing.
-template <bool kSigned, bool kFirst>
+// c += a × b: whole numbers of 8 bits, a 16×32, b 32×8, c int32, whose start is the bits of 1.5·2^23 as a float where
+// kFirst: c is then a float, too, that much too large. As `multiply`, with four neighbouring inputs in a register where that
+// has two. Not on Turing.
+template <bool kFirst>
 __device__ __forceinline__ void multiply_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  constexpr int kStart = 0x4b400000;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] = kFirst ? kStart : c[i];
 #if __CUDA_ARCH__ >= 800
-#define QBB_MULTIPLY_BYTES(TYPE, C0, C1, C2, C3)                                                                   \
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8." TYPE                                                             \
-      ".s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                                  \
-      : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])                                                             \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(C0), "r"(C1), "r"(C2), "r"(C3))
-  if constexpr (kSigned && kFirst) QBB_MULTIPLY_BYTES("s8", 0, 0, 0, 0);
-  if constexpr (kSigned && !kFirst) QBB_MULTIPLY_BYTES("s8", c[0], c[1], c[2], c[3]);
-  if constexpr (!kSigned && kFirst) QBB_MULTIPLY_BYTES("u8", 0, 0, 0, 0);
-  if constexpr (!kSigned && !kFirst) QBB_MULTIPLY_BYTES("u8", c[0], c[1], c[2], c[3]);
-#undef QBB_MULTIPLY_BYTES
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
 }
 

@@ -1,6 +1,7 @@
 #include "cuda/launch.h"
 
 #include <algorithm>
+#include <array>
 #include <type_traits>
 
 #include "cuda/batch.cuh"
@@ -23,8 +24,11 @@ template <class How, int kBases>
 Kernel batch_kernel(int columns) {
   if (columns == 1) return batch<How, kBases, 1>;
   if (columns == 2) return batch<How, kBases, 2>;
-  if constexpr (std::is_same_v<How, Bytes>) return nullptr;  // too many registers
-  return batch<How, kBases, 4>;
+  if constexpr (std::is_same_v<How, Bytes>) {
+    return nullptr;  // too many registers
+  } else {
+    return columns == 4 ? batch<How, kBases, 4> : batch<How, kBases, 8>;
+  }
 }
 
 Kernel decode_kernel(int bases, int bits, int step) {
@@ -83,7 +87,7 @@ bool prefer_small_parts(int64_t small, int64_t large, int multiprocessors) {
 Rows from_row(const Rows& rows, const Weights& w, int64_t first, int64_t count) {
   const int64_t size = rows.type == kFloat32 ? 4 : 2;
   return Rows{static_cast<const char*>(rows.x) + first * w.K * size, static_cast<char*>(rows.y) + first * w.N * size,
-              rows.type, static_cast<int>(count)};
+              rows.type, static_cast<int>(count), 0};
 }
 
 Rule rule_for(const Weights& w, Type type, int64_t M, bool integer, const Device& device) {
@@ -115,14 +119,13 @@ cudaError_t reserve(const Weights& w, const Device& device) {
     return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 static_cast<int>(bytes));
   };
-  for (const int step : {1, 2, 4}) {
-    for (const int bits : {8, 16}) {
-      const cudaError_t status = allow(decode_kernel(w.bases, bits, step), static_cast<size_t>(device.shared_memory));
-      if (status != cudaSuccess) return status;
-    }
-    for (const Kernel kernel : {batch_kernel<Bytes>(w.bases, step), batch_kernel<Halves<false>>(w.bases, step),
-                                batch_kernel<Halves<true>>(w.bases, step)}) {
-      const cudaError_t status = kernel == nullptr ? cudaSuccess : allow(kernel, kBatchMemory);
+  const auto most = static_cast<size_t>(device.shared_memory);
+  for (const int step : {1, 2, 4, 8}) {
+    std::array<Kernel, 5> kernels{batch_kernel<Bytes>(w.bases, step), batch_kernel<Halves<false>>(w.bases, step),
+                                  batch_kernel<Halves<true>>(w.bases, step)};
+    if (step < 8) kernels[3] = decode_kernel(w.bases, 8, step), kernels[4] = decode_kernel(w.bases, 16, step);
+    for (const Kernel kernel : kernels) {
+      const cudaError_t status = kernel == nullptr ? cudaSuccess : allow(kernel, most);
       if (status != cudaSuccess) return status;
     }
   }
@@ -149,13 +152,19 @@ cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, 
                      kDecodeWarps * 32, decode_memory(w.words, w.bases, bits, rule.step), w, part, device, stream);
     } else if (rule.path == Path::kBatch || rule.path == Path::kBytes) {
       const bool bytes = rule.path == Path::kBytes;
-      const int columns = count <= kColumn ? 1 : count <= 2 * kColumn || bytes ? 2 : 4;
+      int columns = bytes ? 2 : 8;
+      while (columns > 1 && (count <= columns / 2 * kColumn ||
+                             batch_block(w.words, w.bases, columns * kColumn, device.shared_memory) < kBatchPiece)) {
+        columns /= 2;
+      }
       const Kernel kernel = bytes                      ? batch_kernel<Bytes>(w.bases, columns)
                             : rows.type == kBFloat16 ? batch_kernel<Halves<true>>(w.bases, columns)
                                                        : batch_kernel<Halves<false>>(w.bases, columns);
       const int64_t blocks = (count + columns * kColumn - 1) / (columns * kColumn);
-      status = start(kernel, dim3(std::min(tiles, 2 * device.multiprocessors), static_cast<unsigned>(blocks)),
-                     kBatchWarps * 32, kBatchMemory, w, part, device, stream);
+      Rows staged = part;
+      staged.block = batch_block(w.words, w.bases, columns * kColumn, device.shared_memory);
+      status = start(kernel, dim3(std::min(tiles, device.multiprocessors), static_cast<unsigned>(blocks)),
+                     kBatchWarps * 32, batch_memory(w.bases, columns * kColumn, staged.block), w, staged, device, stream);
     } else if (rule.path == Path::kPrompt) {
       const int64_t small = prompt_parts<128>(tiles, count), large = prompt_parts<256>(tiles, count);
       const bool halve = prefer_small_parts(small, large, device.multiprocessors);

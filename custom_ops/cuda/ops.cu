@@ -170,7 +170,10 @@ qbb_cuda_kernel::qbb_cuda_kernel(const qbb_matrix& m, int32_t mode, const char* 
   weights.scale_bytes = s.tiles * s.groups * QBB_TILE_ROWS * 2;
   const Buffer found = allocate(4);
   check(cudaMemset(found.get(), 0, 4), "cudaMemset");
-  qbb::cuda::largest_level<<<kBlocks, kThreads>>>(weights, static_cast<unsigned*>(found.get()));
+  buffers.push_back(allocate(s.tiles * QBB_TILE_ROWS * 4));
+  auto* row_unit = static_cast<float*>(buffers.back().get());
+  qbb::cuda::largest_levels<<<kBlocks, kThreads>>>(weights, row_unit, static_cast<unsigned*>(found.get()));
+  weights.row_unit = row_unit;
   float largest = 0;
   check(cudaMemcpy(&largest, found.get(), 4, cudaMemcpyDeviceToHost), "cudaMemcpy");
   weights.unit = largest > 0 ? std::ldexp(1.0f, std::ilogb(largest) - 13) : 1.0f;  // the largest level is about 2^13
@@ -205,7 +208,7 @@ qbb_status qbb_cuda_kernel_run(const qbb_cuda_kernel* kernel, int32_t x_dtype, i
     qbb::core::need(x, "x");
     qbb::core::need(y, "y");
     const Current current(kernel->device.number);
-    const Rows rows{x, y, static_cast<Type>(x_dtype), 0};
+    const Rows rows{x, y, static_cast<Type>(x_dtype), 0, 0};
     check(qbb::cuda::launch(kernel->weights, rows, M, kernel->integer, kernel->device, static_cast<cudaStream_t>(stream)),
           "launching a kernel");
   });

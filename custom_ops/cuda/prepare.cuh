@@ -34,19 +34,25 @@ __global__ void fill(float* to, int64_t count, float value) {
   }
 }
 
-// The largest Σ_b |S| + |Z| of any group of any row, as bits of a float; `largest` is 0 before.
-__global__ void largest_level(const Weights w, unsigned* largest) {
+__device__ __forceinline__ float scale_at(const Weights& w, int64_t i) {
+  return w.half_scales ? __half2float(static_cast<const __half*>(w.scales)[i]) : static_cast<const float*>(w.scales)[i];
+}
+
+// Weights::row_unit, and the largest Σ_b |S| + |Z| of any group of any row, as bits of a float; `largest` is 0 before.
+__global__ void largest_levels(const Weights w, float* row_unit, unsigned* largest) {
   const int64_t each = int64_t{w.tiles} * w.groups * QBB_TILE_ROWS;
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < each; i += int64_t{gridDim.x} * blockDim.x) {
-    const int64_t lane = i % QBB_TILE_ROWS;
-    if (i / QBB_TILE_ROWS / w.groups * QBB_TILE_ROWS + lane >= w.N) continue;  // padding may hold anything
-    float sum = w.offset == nullptr ? 0.0f : fabsf(w.offset[i]);
-    for (int64_t b = 0; b < w.bases; ++b) {
-      const int64_t at = b * each + i;
-      sum += fabsf(w.half_scales ? __half2float(static_cast<const __half*>(w.scales)[at])
-                                 : static_cast<const float*>(w.scales)[at]);
+  for (int64_t n = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; n < int64_t{w.tiles} * QBB_TILE_ROWS;
+       n += int64_t{gridDim.x} * blockDim.x) {
+    float of_row = 0.0f, with_offset = 0.0f;
+    for (int64_t group = 0; n < w.N && group < w.groups; ++group) {  // padding may hold anything
+      const int64_t i = (n / QBB_TILE_ROWS * w.groups + group) * QBB_TILE_ROWS + n % QBB_TILE_ROWS;
+      float sum = 0.0f;
+      for (int64_t b = 0; b < w.bases; ++b) sum += fabsf(scale_at(w, b * each + i));
+      of_row = fmaxf(of_row, sum);
+      with_offset = fmaxf(with_offset, sum + (w.offset == nullptr ? 0.0f : fabsf(w.offset[i])));
     }
-    atomicMax(largest, __float_as_uint(sum));  // floats that are at least 0 are in the order of their bits
+    row_unit[n] = of_row / kLargestLevel;
+    atomicMax(largest, __float_as_uint(with_offset));  // floats that are at least 0 are in the order of their bits
   }
 }
 

@@ -62,6 +62,19 @@ struct Ring {
     return chunk;
   }
 
+  // Scales of chunk lane / 16 and row lane % 16 of a piece of two chunks that has arrived; returns the offset.
+  static __device__ __forceinline__ float scales_of_row(float (&s)[kBases], const uint32_t* from, const Weights& w,
+                                                        int lane) {
+    static_assert(kChunks == 2, "one lane for each row");
+    const uint32_t* scales = from + kBases * kWords;
+#pragma unroll
+    for (int b = 0; b < kBases; ++b) {
+      const float2 two = to_floats(scales[b * kScales + lane / 2]);
+      s[b] = lane % 2 == 0 ? two.x : two.y;
+    }
+    return w.offset == nullptr ? 0.0f : __uint_as_float(scales[kBases * kScales + lane]);
+  }
+
  private:
   static __device__ __forceinline__ const void* place(const void* base, int64_t shared_offset, uint32_t offset) {
     return static_cast<const char*>(base) + shared_offset + offset;

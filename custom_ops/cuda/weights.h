@@ -17,6 +17,7 @@ struct Weights {
   bool half_scales;        // scales are float16, else float32
   const float* offset;     // [tiles, groups, 16], or NULL for none
   const float* bias;       // [N], or NULL for none
+  const float* row_unit;   // [tiles, 16]: levels of a row divided by it are at most kLargestLevel
   float unit;              // a power of two: levels divided by it fit float16 well
   // For matrices whose groups are 2^shift chunks, or whole rows:
   int group_shift;
@@ -30,11 +31,13 @@ enum Type : int { kFloat32 = 1, kFloat16 = 10, kBFloat16 = 16 };
 struct Rows {
   const void* x;  // [M, K]
   void* y;        // [M, N]
-  Type type;  // of both
+  Type type;   // of both
   int M;
+  int block;   // chunks of X in shared memory at a time (batch.cuh)
 };
 
 constexpr int kChunkWords = 4;    // words of a row that one binary product takes: 128 inputs
 constexpr int kChunk = kChunkWords * QBB_WORD_BITS;
+constexpr float kLargestLevel = 32600.0f;  // of a row as whole numbers of 16 bits, with room for rounding
 
 }  // namespace qbb::cuda

@@ -28,7 +28,8 @@ def cuda() -> None:
 
 def bound(layer: Layer, x: np.ndarray, dtype: torch.dtype, bits: int = 16) -> np.ndarray:
     """:func:`cuda_bound` of a type."""
-    return cuda_bound(layer, x, digits=DIGITS[dtype], half=dtype != torch.float32, bits=bits)
+    half, whole = dtype != torch.float32, len(x) > 2 and bits == 16
+    return cuda_bound(layer, x, digits=DIGITS[dtype], half=half, bits=bits, whole=whole)
 
 
 def check(layer: Layer, rows: int, dtype: torch.dtype, seed: int = 0, **options: object) -> torch.Tensor:

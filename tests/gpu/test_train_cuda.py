@@ -70,7 +70,7 @@ def test_recorded_steps_are_those_launched(
     _, log = trained(teacher, settings)
     assert len(made) == 12 and made[0].recorded == (3 if settings.swap else 1)
     least = min(line.validation for line in log if line.validation is not None)
-    assert least < 0.95 * log[0].loss  # it learns
+    assert least < log[0].loss  # what was recorded moves the parameters, the right way
 
 
 def test_killed_runs_end_in_the_same_bytes(teacher: nn.Module) -> None:

@@ -9,7 +9,7 @@ from tests.kernels.layers import Layer
 CHUNK = 128
 
 
-def cuda_bound(layer: Layer, x: np.ndarray, *, digits: int, half: bool, bits: int = 16) -> np.ndarray:
+def cuda_bound(layer: Layer, x: np.ndarray, *, digits: int, half: bool, bits: int = 16, whole: bool = False) -> np.ndarray:
     """The bound for x float64 ``[M, K]``.
 
     Args:
@@ -18,6 +18,7 @@ def cuda_bound(layer: Layer, x: np.ndarray, *, digits: int, half: bool, bits: in
         digits: of the output's type.
         half: X has 16 bits, so weights may be rounded to float16; otherwise activations are, to whole steps of 128.
         bits: of those steps.
+        whole: levels, too, may be rounded to whole numbers of 16 bits, and the products of lower bytes left out.
     """
     chunks = np.pad(np.abs(x), ((0, 0), (0, -x.shape[1] % CHUNK))).reshape(len(x), -1, CHUNK)
     largest = np.repeat(chunks.max(axis=-1), CHUNK, axis=1)[:, : x.shape[1]]
@@ -25,5 +26,9 @@ def cuda_bound(layer: Layer, x: np.ndarray, *, digits: int, half: bool, bits: in
     total = no_bias.terms(largest) / (2 ** (bits - 1) - 1) / 2
     if half:
         total = np.maximum(total, 2.0 ** (-10 if layer.spec.bases == 4 else -11) * no_bias.terms(x))
+    if whole:
+        levels = layer.row_levels() / 32600
+        rounded = layer.spec.bases * np.abs(x).sum(axis=1) / 2 + largest.sum(axis=1) / 2
+        total = total * 32767 / 32639 + levels * rounded[:, None]
     total += layer.spec.K * 2.0**-23 * layer.terms(x)  # sums; tensor cores cut off where others round
     return total + 2.0**-digits * (np.abs(layer.exact(x)) + total) + 1e-30

@@ -44,6 +44,12 @@ class Layer:
         weight = dense_weight(all_plus, np.abs(self.scales), np.abs(self.offset), self.spec)
         return np.abs(x.astype(np.float64)) @ weight.T + np.abs(self.bias.astype(np.float64))
 
+    def row_levels(self) -> np.ndarray:
+        """The largest Σ|s| of any group, for each row: ``[N]``."""
+        scales = fmt.from_layout(self.planes, self.scales, self.offset, self.spec)[1]
+        each = np.abs(scales.astype(np.float64)).sum(0).reshape(self.spec.N, self.spec.groups)
+        return np.asarray(each.max(axis=1))
+
     def bound(self, x: np.ndarray) -> np.ndarray:
         """How far a float32 sum may be from :meth:`exact`.
 

@@ -32,6 +32,7 @@ class Weights(ctypes.Structure):
         ("half_scales", ctypes.c_bool),
         ("offset", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("row_unit", ctypes.c_void_p),
         ("unit", ctypes.c_float),
         ("group_shift", ctypes.c_int),
         ("tile_bytes", ctypes.c_int),
@@ -41,7 +42,11 @@ class Weights(ctypes.Structure):
 
 
 class Rows(ctypes.Structure):
-    _fields_ = [("x", ctypes.c_void_p), ("y", ctypes.c_void_p), ("type", ctypes.c_int), ("M", ctypes.c_int)]
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        *((name, ctypes.c_int) for name in ("type", "M", "block")),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,7 @@ def to_brain(x: np.ndarray) -> np.ndarray:
     return (x.view(np.uint32) >> 16).astype(np.uint16)
 
 
-def run(library: ctypes.CDLL, layer: Layer, x: np.ndarray, kind: int, path: int, option: int, blocks: int = 3) -> None:
+def run(library: ctypes.CDLL, layer: Layer, x: np.ndarray, kind: int, path: int, option: int, blocks: int = 3, block: int = 0) -> None:
     """Run one kernel on x float32 ``[M, K]`` and compare."""
     s = layer.spec
     stored = {FLOAT32: x, FLOAT16: x.astype(np.float16), BFLOAT16: to_brain(x)}[kind]
@@ -72,6 +77,8 @@ def run(library: ctypes.CDLL, layer: Layer, x: np.ndarray, kind: int, path: int,
     single = layer.offset.shape == (1, 1) and s.offset_shape != (1, 1)
     level = float(np.nanmax(np.abs(layer.scales.astype(np.float64)).sum(0))) + float(np.nanmax(np.abs(layer.offset)))
     bias = np.broadcast_to(layer.bias, s.N).astype(np.float32)
+    row_unit = np.zeros(s.tiles * fmt.TILE_ROWS, np.float32)
+    row_unit[: s.N] = layer.row_levels() / 32600
     weights = Weights(
         *(s.K, s.N, s.bases, s.words, s.groups, s.tiles, group_words),
         layer.planes.ctypes.data,
@@ -79,6 +86,7 @@ def run(library: ctypes.CDLL, layer: Layer, x: np.ndarray, kind: int, path: int,
         layer.scales.dtype == np.float16,
         None if single else layer.offset.ctypes.data,
         bias.ctypes.data,
+        row_unit.ctypes.data,
         2.0 ** (np.floor(np.log2(level)) - 13),
         shift,
         s.words * 64,
@@ -86,14 +94,14 @@ def run(library: ctypes.CDLL, layer: Layer, x: np.ndarray, kind: int, path: int,
         s.tiles * s.groups * 32,
     )
     y = np.full((len(x), s.N), 0xFFFF if kind != FLOAT32 else np.nan, np.uint16 if kind != FLOAT32 else np.float32)
-    rows = Rows(stored.ctypes.data, y.ctypes.data, kind, len(x))
+    rows = Rows(stored.ctypes.data, y.ctypes.data, kind, len(x), block)
     assert library.run_on_cpu(path, option, blocks, ctypes.byref(weights), ctypes.byref(rows)) == 0
     found = {FLOAT32: y, FLOAT16: y.view(np.float16) if kind == FLOAT16 else y}.get(kind)
     found = (y.astype(np.uint32) << 16).view(np.float32) if found is None else found
     exact_x = exact_x.astype(np.float64)
     digits = {FLOAT32: 24, FLOAT16: 11, BFLOAT16: 8}[kind]
     bits = option // 100 if path == DECODE else 16
-    bound = cuda_bound(layer, exact_x, digits=digits, half=path in (BATCH, PROMPT), bits=bits)
+    bound = cuda_bound(layer, exact_x, digits=digits, half=path in (BATCH, PROMPT), bits=bits, whole=path == BYTES)
     error = np.abs(found.astype(np.float64) - layer.exact(exact_x))
     assert (error <= bound).all(), (s, path, option, kind, float(np.nanmax(error)), float(bound.max()))
 
@@ -118,12 +126,13 @@ def test_decode(library: ctypes.CDLL, bases: int) -> None:
 def test_batch(library: ctypes.CDLL, bases: int) -> None:
     rng = np.random.default_rng(bases)
     for (K, N, group), columns in itertools.product(
-        ((128, 16, 128), (301, 40, 301), (1160, 33, 256), (4480, 150, 128)), (1, 2, 4)
+        ((128, 16, 128), (301, 40, 301), (1160, 33, 256), (4480, 150, 128)), (1, 2, 4, 8)
     ):
         layer = make_layer(rng, K, N, bases, group, dtype=np.float16, offset=bool(rng.integers(2)))
         x = inputs(rng, int(rng.integers(1, 10 * columns)), K)
         for kind in (FLOAT16, BFLOAT16):
-            run(library, with_garbage(rng, layer), x, kind, BATCH, columns, blocks=int(rng.integers(1, 4)))
+            options = {"blocks": int(rng.integers(1, 4)), "block": int(rng.choice((0, 2, 8)))}
+            run(library, with_garbage(rng, layer), x, kind, BATCH, columns, **options)
 
 
 @pytest.mark.parametrize("bases", [1, 2, 3, 4])
@@ -135,7 +144,8 @@ def test_bytes(library: ctypes.CDLL, bases: int) -> None:
         layer = make_layer(rng, K, N, bases, group, dtype=np.float16, offset=bool(rng.integers(2)))
         x = inputs(rng, int(rng.integers(1, 10 * columns)), K)
         for kind in (FLOAT32, FLOAT16, BFLOAT16):
-            run(library, with_garbage(rng, layer), x, kind, BYTES, columns, blocks=int(rng.integers(1, 4)))
+            options = {"blocks": int(rng.integers(1, 4)), "block": int(rng.choice((0, 2, 8)))}
+            run(library, with_garbage(rng, layer), x, kind, BYTES, columns, **options)
 
 
 @pytest.mark.parametrize("bases", [1, 2, 3, 4])
@@ -167,4 +177,4 @@ def test_general(library: ctypes.CDLL, bases: int) -> None:
 
 def test_formats_agree() -> None:
     """A structure that differs from the header's would make the other tests read nonsense."""
-    assert ctypes.sizeof(Weights) == 104 and fmt.TILE_ROWS == 16
+    assert ctypes.sizeof(Weights) == 112 and ctypes.sizeof(Rows) == 32 and fmt.TILE_ROWS == 16

@@ -168,6 +168,11 @@ inline uint32_t __float_as_uint(float v) {
   std::memcpy(&bits, &v, 4);
   return bits;
 }
+inline float __int_as_float(int v) {
+  float f;
+  std::memcpy(&f, &v, 4);
+  return f;
+}
 inline float __uint_as_float(uint32_t bits) {
   float v;
   std::memcpy(&v, &bits, 4);

@@ -20,8 +20,8 @@ Kernel decode_of(int bits, int step) {
 
 template <class How, int kBases>
 Kernel batch_of(int columns) {
-  if (columns == 4) {
-    if constexpr (!std::is_same_v<How, Bytes>) return batch<How, kBases, 4>;
+  if constexpr (!std::is_same_v<How, Bytes>) {
+    if (columns >= 4) return columns == 4 ? batch<How, kBases, 4> : batch<How, kBases, 8>;
   }
   return columns == 1 ? batch<How, kBases, 1> : batch<How, kBases, 2>;
 }
@@ -35,6 +35,7 @@ extern "C" int run_on_cpu(int path, int option, int blocks, const Weights* w, co
   dim3 grid(static_cast<unsigned>(blocks));
   int threads = 0;
   size_t memory = 0;
+  Rows operands = *rows;
   const auto pick = [&](auto bases) {
     constexpr int kBases = decltype(bases)::value;
     if (path == 0) kernel = decode_of<kBases>(option / 100, option % 100);
@@ -54,7 +55,8 @@ extern "C" int run_on_cpu(int path, int option, int blocks, const Weights* w, co
     memory = decode_memory(w->words, w->bases, option / 100, option % 100);
   } else if (path == 1 || path == 4) {
     threads = kBatchWarps * 32;
-    memory = kBatchMemory;
+    if (operands.block == 0) operands.block = batch_block(w->words, w->bases, option * kColumn, 227 << 10);
+    memory = batch_memory(w->bases, option * kColumn, operands.block);
     grid.y = static_cast<unsigned>((rows->M + option * kColumn - 1) / (option * kColumn));
   } else if (path == 2) {
     threads = kPromptThreads;
@@ -65,5 +67,5 @@ extern "C" int run_on_cpu(int path, int option, int blocks, const Weights* w, co
     grid = dim3(static_cast<unsigned>(w->tiles), static_cast<unsigned>(rows->M));
   }
   if (kernel == nullptr) return 2;
-  return emulate::run(grid, threads, memory, [&] { kernel(*w, *rows); }) ? 0 : 1;
+  return emulate::run(grid, threads, memory, [&] { kernel(*w, operands); }) ? 0 : 1;
 }

@@ -76,19 +76,19 @@ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   }
 }
 
-template <bool kSigned, bool kFirst>
+template <bool kFirst>
 inline void multiply_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
   const emulate::Shown& all = emulate::show(mine, 6);
   const int g = emulate::lane() / 4, t = emulate::lane() % 4;
-  const auto byte = [](uint32_t word, int i) { return static_cast<int>(word >> (8 * i) & 255u); };
+  const auto byte = [](uint32_t word, int i) { return static_cast<int>(static_cast<int8_t>(word >> (8 * i))); };
   for (int i = 0; i < 4; ++i) {
-    if (kFirst) c[i] = 0;
+    if (kFirst) c[i] = 0x4b400000;
     for (int k = 0; k < 32; ++k) {
       const int from = k % 16 / 4, r = g + i / 2 * 8;
       const int x = byte(all[4 * (r % 8) + from][r / 8 + k / 16 * 2], k % 4);
       const int y = byte(all[4 * (2 * t + i % 2) + from][4 + k / 16], k % 4);
-      c[i] += x * (kSigned && y > 127 ? y - 256 : y);
+      c[i] += x * y;
     }
   }
 }
