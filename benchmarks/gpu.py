@@ -11,11 +11,13 @@ How fast memory can be read is measured in the same rounds.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' view of the C interface
 
 import rivals_gpu
+from qbb_export import format as fmt
 from tests.gpu.cuda_abi import CudaKernel
-from tests.kernels.layers import make_layer
+from tests.kernels.layers import Layer
 
 GROUP_SIZE = 128
 PAST_CACHE = 260e6  # bytes of weights in a graph
@@ -100,8 +103,18 @@ def copies_of(size: int) -> int:
     return max(2, int(PAST_CACHE / size) + 1)
 
 
+@functools.cache
+def layer_of(k: int, n: int, bases: int) -> Layer:
+    """Random bits and scales: how fast a product is does not depend on them."""
+    spec = fmt.Spec(k, n, bases, GROUP_SIZE, fmt.LAYOUT_TILED)
+    rng = np.random.default_rng(0)
+    planes = rng.integers(0, 2**32, (bases, spec.tiles, spec.words, fmt.TILE_ROWS), dtype=np.uint32)
+    scales = rng.uniform(0.005, 0.015, (bases, spec.tiles, spec.groups, fmt.TILE_ROWS)).astype(np.float16)
+    return Layer(spec, planes, scales, np.zeros((1, 1), np.float32), np.zeros(1, np.float32))
+
+
 def ours(k: int, n: int, batch: int, bases: int, mode: int) -> Contender:
-    layer = make_layer(np.random.default_rng(0), k, n, bases, GROUP_SIZE, dtype=np.float16, offset=False, bias=False)
+    layer = layer_of(k, n, bases)
     size = layer.planes.nbytes + layer.scales.nbytes
     kernels = [CudaKernel(layer, mode) for _ in range(copies_of(size))]
     x = torch.randn(batch, k, dtype=torch.float16, device="cuda")
@@ -136,8 +149,10 @@ def milliseconds(replay: Call) -> float:
 def measure(k: int, n: int, batch: int, options: argparse.Namespace, left_out: dict[str, str]) -> list[Row]:
     """All contenders at one shape and batch, in turns."""
     contenders = [reader(), cublas(k, n, batch)]
-    contenders += [ours(k, n, batch, bases, mode) for bases in options.bases for mode in (0, 1)]
+    contenders += [ours(k, n, batch, bases, mode) for bases in options.bases for mode in options.modes]
     for name, make in rivals_gpu.RIVALS.items():
+        if not fnmatchcase(name, options.rivals):
+            continue
         try:
             contenders.append(Contender(*make(k, n, batch, copies_of)))
         except Exception as error:  # not installed, or it has no such kernel
@@ -179,10 +194,13 @@ def main() -> None:
     parser.add_argument("--shapes", default="4096x4096,4096x14336,14336x4096,8192x28672", help="KxN,…")
     parser.add_argument("--batch", default="1,8,16,64", help="M,…")
     parser.add_argument("--bases", default="1,2,3,4")
+    parser.add_argument("--modes", default="exact,int8", help="of ours")
+    parser.add_argument("--rivals", default="*", help="pattern of their names")
     parser.add_argument("--turns", type=int, default=31)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.bases = [int(b) for b in options.bases.split(",")]
+    options.modes = [fmt.MODES.index(mode) for mode in options.modes.split(",")]
     shapes = [tuple(int(v) for v in shape.split("x")) for shape in options.shapes.split(",")]
     cases = [(k, n, int(m)) for k, n in shapes for m in options.batch.split(",")]
     console = Console(width=120)

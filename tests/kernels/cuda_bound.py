@@ -9,7 +9,9 @@ from tests.kernels.layers import Layer
 CHUNK = 128
 
 
-def cuda_bound(layer: Layer, x: np.ndarray, *, digits: int, half: bool, bits: int = 16, whole: bool = False) -> np.ndarray:
+def cuda_bound(
+    layer: Layer, x: np.ndarray, *, digits: int, half: bool, bits: int = 16, whole: bool = False
+) -> np.ndarray:
     """The bound for x float64 ``[M, K]``.
 
     Args:

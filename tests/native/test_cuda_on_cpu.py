@@ -66,7 +66,16 @@ def to_brain(x: np.ndarray) -> np.ndarray:
     return (x.view(np.uint32) >> 16).astype(np.uint16)
 
 
-def run(library: ctypes.CDLL, layer: Layer, x: np.ndarray, kind: int, path: int, option: int, blocks: int = 3, block: int = 0) -> None:
+def run(
+    library: ctypes.CDLL,
+    layer: Layer,
+    x: np.ndarray,
+    kind: int,
+    path: int,
+    option: int,
+    blocks: int = 3,
+    block: int = 0,
+) -> None:
     """Run one kernel on x float32 ``[M, K]`` and compare."""
     s = layer.spec
     stored = {FLOAT32: x, FLOAT16: x.astype(np.float16), BFLOAT16: to_brain(x)}[kind]
