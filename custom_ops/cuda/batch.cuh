@@ -13,7 +13,7 @@ constexpr int kBatchWarps = 16;
 constexpr int kBatchPiece = 2;  // chunks: 32 rows and chunks of levels, one for each lane
 
 // Pieces of weights in flight for each warp.
-constexpr int batch_depth(int bases) { return bases == 1 ? 4 : bases == 2 ? 3 : 2; }
+__host__ __device__ constexpr int batch_depth(int bases) { return bases == 1 ? 4 : bases == 2 ? 3 : 2; }
 
 // Bytes of shared memory: pieces, levels, sums, and X with the numbers of each chunk of each of its rows.
 template <int kBases>

@@ -107,7 +107,7 @@ struct Bytes {
   static __device__ __forceinline__ float last_factor(const Weights& w, int row) { return w.row_unit[row]; }
 
   // What each input adds, in units of 256, because levels are kept less 128.5; four bases are two matrices.
-  static constexpr float correction(int bases) { return (bases == 4 ? 2 : 1) * 128.5f / 256.0f; }
+  static __host__ __device__ constexpr float correction(int bases) { return (bases == 4 ? 2 : 1) * 128.5f / 256.0f; }
 
   // Levels of the codes with the last bit set, as whole numbers less 128: bytes in the order of codes.
   template <int kPart>

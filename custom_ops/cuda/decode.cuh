@@ -26,7 +26,7 @@ __host__ __device__ inline DecodeShape decode_shape(int words) {
 }
 
 // Pieces in flight for each warp: enough bytes in all to wait for memory as one.
-constexpr int decode_depth(int bases) { return bases == 1 ? 5 : bases == 2 ? 3 : 2; }
+__host__ __device__ constexpr int decode_depth(int bases) { return bases == 1 ? 5 : bases == 2 ? 3 : 2; }
 
 template <int kBases>
 using DecodeRing = Ring<kBases, kPieceChunks>;

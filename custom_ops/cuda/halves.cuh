@@ -153,7 +153,7 @@ struct Halves {
 
   static __device__ __forceinline__ float inverse_of(const Weights& w, int /*row*/) { return 1.0f / w.unit; }
   static __device__ __forceinline__ float last_factor(const Weights& w, int /*row*/) { return w.unit; }
-  static constexpr float correction(int /*bases*/) { return 0.0f; }
+  static __host__ __device__ constexpr float correction(int /*bases*/) { return 0.0f; }
 
   template <int kBases, int kColumns>
   static __device__ __forceinline__ void add(float (&sums)[kColumns][4], const Chunk<kBases>& chunk,
