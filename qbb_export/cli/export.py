@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quantize = parser.add_argument_group("quantisation")
     quantize.add_argument(
         "--recipe",
-        choices=("best", "sweep", "qbb", "gptq", "fast", "refine", "greedy", "rtn", "float"),
+        choices=("best", "sweep", "qbb", "gptq", "fast", "settled", "refine", "greedy", "rtn", "float"),
         help="best, sweep, qbb, gptq: with the text that the model writes; the others: weights alone "
         "(default: best for transformers models that take token ids, fast for all others)",
     )
