@@ -29,29 +29,3 @@ def adapt_config(config: Any) -> None:
         config.layer_types = ["sliding_attention"] * config.num_hidden_layers
     if not hasattr(config, "rms_norm_eps") and hasattr(config, "layer_norm_eps"):  # rule 4
         config.rms_norm_eps = config.layer_norm_eps
-
-
-def rotation_table(module: Any, name: str, table: Any) -> Any:
-    """The cosines or sines of a model's rotary embedding, by its own frequencies.
-
-    *Why:* the builder computes them anew, and leaves out linear scaling, and YaRN's bounds.
-
-    Args:
-        module: of transformers.
-        name: of the builder's initializer.
-        table: the builder's, ``[positions, pairs]``.
-
-    Returns:
-        Ours, of the same shape and type; the builder's for any other initializer, and where frequencies depend on the
-        length of the text or on the layer.
-    """
-    import torch
-
-    parts = [part for part in module.modules() if isinstance(getattr(part, "inv_freq", None), torch.Tensor)]
-    if name not in ("cos_cache", "sin_cache") or len(parts) != 1:
-        return table
-    frequencies, scale = parts[0].inv_freq.detach().float().cpu(), getattr(parts[0], "attention_scaling", 1.0)
-    if getattr(parts[0], "rope_type", "") in ("dynamic", "longrope") or table.shape[1:] != frequencies.shape:
-        return table
-    angles = torch.outer(torch.arange(len(table), dtype=torch.float32), frequencies)
-    return ((angles.cos() if name == "cos_cache" else angles.sin()) * scale).to(table.dtype)

@@ -23,8 +23,9 @@ from typing import Any, Final
 import onnx_ir as ir
 
 from qbb_export.errors import QbbError
-from qbb_export.generation.adapt import adapt_config, rotation_table
+from qbb_export.generation.adapt import adapt_config
 from qbb_export.generation.folder import CONFIG
+from qbb_export.generation.rotations import compute_tables, rotation_of
 from qbb_export.generation.tie import Slice, tie_weights
 from qbb_export.passes.standard_norms import StandardNorms
 from qbb_export.source import LoadOptions, TorchModel
@@ -82,6 +83,7 @@ def build_decoder(loaded: TorchModel, source: str, load: LoadOptions, *, dtype: 
     if provider == "cpu":
         config["model"]["decoder"]["session_options"]["provider_options"] = []
     _name_head_size(models[0], config["model"]["decoder"]["head_size"])
+    compute_tables(models[0], rotation_of(loaded.module))
     StandardNorms()(models[0])
     tie_weights(models[0], slices, parameters, _linear_parameters(loaded.module))
     return DecoderGraph(models[0], config, written)
@@ -150,7 +152,7 @@ def _builder_uses(builder: Any, module: Any, slices: dict[str, Slice], models: l
         found = find(tensor)
         if found is not None:
             slices[name] = found
-        make_initializer(self, rotation_table(module, name, tensor), name, **options)
+        make_initializer(self, tensor, name, **options)
 
     def keep(self: Any, folder: str) -> None:
         for node in self.model.graph:
