@@ -29,9 +29,7 @@ def rotation_of(module: Any) -> Rotation | None:
 
     *Why:* the builder computes its tables anew, and leaves out linear scaling, and YaRN's bounds.
     """
-    import torch
-
-    parts = [part for part in module.modules() if isinstance(getattr(part, "inv_freq", None), torch.Tensor)]
+    parts = [part for part in module.modules() if hasattr(getattr(part, "inv_freq", None), "numpy")]
     if len(parts) != 1 or getattr(parts[0], "rope_type", "") in ("dynamic", "longrope"):
         return None
     frequencies = parts[0].inv_freq.detach().float().cpu().numpy()
