@@ -50,6 +50,8 @@ def load_pretrained(source: str, options: LoadOptions, state_dict: Mapping[str, 
     """A transformers model by folder or hub id; ``state_dict`` replaces the weights of the folder."""
     import transformers
 
+    from qbb_export.experts import split_experts
+
     folder = Path(source)
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() and state_dict is None else ():
         check_safetensors(file)
@@ -78,6 +80,7 @@ def load_pretrained(source: str, options: LoadOptions, state_dict: Mapping[str, 
         module.pooler = None  # an encoder saved without its pooler; a random one would be worse than none
     elif missing:
         raise QbbError("weights are missing", where=source, expected=missing[0], got=f"{len(missing)} missing")
+    split_experts(module)
     module.config.use_cache = False  # whole sequences: the cache would be a second set of outputs
     inputs = options.inputs or _config_inputs(module, source)
     return TorchModel(module.eval(), inputs, pretrained=True, tokenizer=_tokenizer_file(source))
