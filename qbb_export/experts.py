@@ -1,10 +1,13 @@
-"""Mixtures of experts with one linear layer for each expert and matrix, instead of one parameter that holds all experts.
+"""Mixtures of experts with linear layers for each expert, instead of one parameter that holds all experts.
 
-*Why:* everything else works on matrices. A layer's name is then ``model.layers.0.mlp.experts.3.gate_up_proj``.
+*Why:* everything else works on matrices, and checkpoints hold matrices: put together, they no longer lie in the file
+but in memory. A layer's name is ``model.layers.0.mlp.experts.3.gate_proj``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -14,25 +17,30 @@ from torch import nn
 _PLAIN: Final = {
     "has_gate": True, "has_bias": False, "has_post_expert_norm": False, "is_transposed": False, "is_concatenated": True,
 }  # fmt: skip
+# What transformers makes of a checkpoint's matrices, and what we call them.
+_STACKED: Final = {
+    ("gate_up_proj", "MergeModulelist", "Concatenate"): ("gate_proj", "up_proj"),
+    ("down_proj", "MergeModulelist"): ("down_proj",),
+}
 
 
 class Expert(nn.Module):
-    """``down(act(gate) · up)``, gate and up being the halves of one product.
+    """``down(act(gate) · up)``.
 
     Args:
-        gate_up: ``[2·I, H]``.
+        gate_up: ``[2·I, H]``, the rows of gate, then those of up.
         down: ``[H, I]``.
         act_fn: of the gate.
     """
 
     def __init__(self, gate_up: torch.Tensor, down: torch.Tensor, act_fn: Any) -> None:
         super().__init__()
-        self.gate_up_proj, self.down_proj, self.act_fn = _linear(gate_up), _linear(down), act_fn
+        gate, up = gate_up.chunk(2)
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = _linear(gate), _linear(up), _linear(down), act_fn
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[tokens, H]`` to ``[tokens, H]``."""
-        both, half = self.gate_up_proj(x), self.down_proj.in_features
-        y: torch.Tensor = self.down_proj(self.act_fn(both[:, :half]) * both[:, half:])
+        y: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         return y
 
 
@@ -70,7 +78,7 @@ class Experts(nn.ModuleList):
 
 
 def split_experts(model: nn.Module) -> None:
-    """Put :class:`Experts` in the place of every plain mixture of a transformers model.
+    """Put :class:`Experts` in the place of every plain mixture of a transformers model, in place.
 
     The new weights view the old ones. Other kinds of experts (with biases, gate and up interleaved, clamped) stay.
     """
@@ -91,3 +99,58 @@ def _is_plain(module: nn.Module) -> bool:
         and getattr(type(module), "_apply_gate", None) is _default_apply_gate
         and hasattr(module, "act_fn")
     )
+
+
+def stacks_experts(model_type: str) -> bool:
+    """Whether transformers puts the experts of a checkpoint together when it reads one."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    return any(_names(transform) for transform in get_checkpoint_conversion_mapping(model_type) or ())
+
+
+@contextmanager
+def apart(model_class: type[nn.Module]) -> Iterator[type[nn.Module]]:
+    """A class that opens a checkpoint as the given one does, but leaves its experts apart: they stay in the file.
+
+    Its models are to be given back their own class.
+    """
+    from transformers import modeling_utils
+
+    def build(self: Any, *args: Any, **options: Any) -> None:
+        model_class.__init__(self, *args, **options)
+        split_experts(self)  # without data still
+
+    def conversions(*args: Any, **options: Any) -> list[Any]:
+        return [new for old in original(*args, **options) for new in _renamings(old)]
+
+    original = modeling_utils.get_model_conversion_mapping
+    modeling_utils.get_model_conversion_mapping = conversions
+    try:
+        yield type(model_class.__name__, (model_class,), {"__init__": build, "__module__": model_class.__module__})
+    finally:
+        modeling_utils.get_model_conversion_mapping = original
+
+
+def _names(transform: Any) -> tuple[str, ...]:
+    """What our layers are called that transformers would put together here; nothing for any other transform."""
+    if not hasattr(transform, "operations") or len(transform.target_patterns) != 1:
+        return ()
+    steps = [type(step).__name__ for step in transform.operations]
+    kind = transform.target_patterns[0].rpartition("experts.")[2]
+    return _STACKED.get((kind, *steps), ())
+
+
+def _renamings(transform: Any) -> list[Any]:
+    """Renamings of single matrices in the place of a transform that puts them together."""
+    from transformers.core_model_loading import WeightRenaming
+
+    names = _names(transform)
+    if len(names) != len(transform.source_patterns):
+        return [transform]
+    renamings = []
+    for source, name in zip(transform.source_patterns, names, strict=True):
+        start, _, old = source.partition(".*.")
+        new = WeightRenaming(rf"{start}.(\d+).{old}", rf"{start}.\1.{name}.weight")
+        new.scope_prefix, new.base_model_prefix = transform.scope_prefix, transform.base_model_prefix
+        renamings.append(new)
+    return renamings

@@ -50,8 +50,6 @@ def load_pretrained(source: str, options: LoadOptions, state_dict: Mapping[str, 
     """A transformers model by folder or hub id; ``state_dict`` replaces the weights of the folder."""
     import transformers
 
-    from qbb_export.experts import split_experts
-
     folder = Path(source)
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() and state_dict is None else ():
         check_safetensors(file)
@@ -62,15 +60,7 @@ def load_pretrained(source: str, options: LoadOptions, state_dict: Mapping[str, 
                 raise QbbError(
                     "encoder-decoder models are not supported", where=source, expected="an encoder or a decoder"
                 )
-            model_class = _model_class(config)
-            place = source if state_dict is None else None
-            module, info = model_class.from_pretrained(
-                place,
-                config=config,
-                state_dict=None if state_dict is None else dict(state_dict),
-                dtype="auto",
-                output_loading_info=True,
-            )
+            module, info = _open(config, source, state_dict)
     except QbbError:
         raise
     except Exception as error:  # transformers raises many types for files that are missing, damaged or foreign
@@ -80,10 +70,35 @@ def load_pretrained(source: str, options: LoadOptions, state_dict: Mapping[str, 
         module.pooler = None  # an encoder saved without its pooler; a random one would be worse than none
     elif missing:
         raise QbbError("weights are missing", where=source, expected=missing[0], got=f"{len(missing)} missing")
-    split_experts(module)
     module.config.use_cache = False  # whole sequences: the cache would be a second set of outputs
     inputs = options.inputs or _config_inputs(module, source)
     return TorchModel(module.eval(), inputs, pretrained=True, tokenizer=_tokenizer_file(source))
+
+
+def _open(config: Any, source: str, state_dict: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+    """The model with the experts of mixtures as linear layers, and what transformers has to say about the weights."""
+    from qbb_export.experts import apart, split_experts, stacks_experts
+
+    def read(model_class: Any) -> tuple[Any, dict[str, Any]]:
+        module, info = model_class.from_pretrained(
+            source if state_dict is None else None,
+            config=config,
+            state_dict=None if state_dict is None else dict(state_dict),
+            dtype="auto",
+            output_loading_info=True,
+        )
+        return module, info
+
+    model_class = _model_class(config)
+    if stacks_experts(config.model_type):
+        with apart(model_class) as split_class:
+            module, info = read(split_class)
+        module.__class__ = model_class
+        if not any(".experts." in key for key in info["missing_keys"]):
+            return module, info
+    module, info = read(model_class)  # no mixture, or one whose experts are together in the file
+    split_experts(module)
+    return module, info
 
 
 def _tokenizer_file(source: str) -> Path | None:

@@ -45,7 +45,7 @@ def make_mixture(
 
     1. router: float32 products, softmax, the largest, in their order
     2. rows of x, gathered in the order of their experts and cut into pieces, one for each expert, perhaps without rows
-    3. each expert's two products with gate and activation (SiLU) between them
+    3. each expert's three products with gate and activation (SiLU) between them
     4. rows times their weights, put back in the order of the tokens, and added up in the order of rule 1: always the
        same sum
 
@@ -56,8 +56,8 @@ def make_mixture(
         x: ``[batch, sequence, H]``.
         place: name of the block, e.g. ``model.layers.0.mlp``.
         routing: of the block.
-        parameters: PyTorch parameters by name; below ``place``: ``gate``, ``experts.N.gate_up_proj`` and
-            ``experts.N.down_proj``, and ``shared_expert_gate`` where there is a shared expert.
+        parameters: PyTorch parameters by name; below ``place``: ``gate``, ``experts.N.gate_proj``, ``up_proj`` and
+            ``down_proj``, and ``shared_expert_gate`` where there is a shared expert.
         shared: result of the shared expert, like x, or None.
 
     Returns:
@@ -102,13 +102,12 @@ def make_mixture(
         expert = f"experts.{number}"
         # Each has a number of rows of its own. Unnamed, ONNX Runtime would give them all one name, and one buffer.
         piece.shape = ir.Shape([f"{place}.{expert}.rows", hidden])
-        both = product(piece, f"{expert}.gate_up_proj")
-        gate, up = add("Split", [both], 2, f"{expert}.halves", axis=-1, num_outputs=2).outputs
+        gate, up = product(piece, f"{expert}.gate_proj"), product(piece, f"{expert}.up_proj")
         sigmoid = add("Sigmoid", [gate], name=f"{expert}.sigmoid").outputs[0]
         active = add("Mul", [gate, sigmoid], name=f"{expert}.act_fn").outputs[0]
         gated = add("Mul", [active, up], name=f"{expert}.gated").outputs[0]
-        for value in (gate, up, sigmoid, active, gated):
-            value.shape = ir.Shape([piece.shape[0], parameters[f"{place}.{expert}.down_proj.weight"].shape[1]])
+        for value in (sigmoid, active, gated):
+            value.shape = gate.shape
         results.append(product(gated, f"{expert}.down_proj"))
     joined = add("Concat", results, name="joined", axis=0).outputs[0]
     y = add("Combine", [x, joined, slots, weights]).outputs[0]
