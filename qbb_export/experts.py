@@ -54,7 +54,8 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
 class Experts(nn.ModuleList):
     """All experts of a block; takes the place of a module of transformers.
 
-    Every expert is called, if with no tokens: so each process of several does the same, and a traced graph has them all.
+    Every expert is called, if with no tokens: so each process of several does the same, and a traced graph has them
+    all, each with a number of rows that is known at run time only.
     """
 
     def forward(
@@ -123,12 +124,13 @@ def apart(model_class: type[nn.Module]) -> Iterator[type[nn.Module]]:
     def conversions(*args: Any, **options: Any) -> list[Any]:
         return [new for old in original(*args, **options) for new in _renamings(old)]
 
-    original = modeling_utils.get_model_conversion_mapping
-    modeling_utils.get_model_conversion_mapping = conversions
+    library: Any = modeling_utils
+    original = library.get_model_conversion_mapping
+    library.get_model_conversion_mapping = conversions
     try:
         yield type(model_class.__name__, (model_class,), {"__init__": build, "__module__": model_class.__module__})
     finally:
-        modeling_utils.get_model_conversion_mapping = original
+        library.get_model_conversion_mapping = original
 
 
 def _names(transform: Any) -> tuple[str, ...]:

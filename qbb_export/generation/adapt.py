@@ -65,9 +65,10 @@ def routing_of(block: Any, place: str) -> Routing:
     if names not in (_PARTS, _PARTS | _SHARED) or not isinstance(block.experts, Experts):
         raise _other(place, f"a mixture with {', '.join(sorted(names - _PARTS))}")
     router, experts = block.gate, block.experts
+    act_fn: Any = experts[0].act_fn
     values = torch.linspace(-4, 4, 65)
-    if not torch.allclose(experts[0].act_fn(values), torch.nn.functional.silu(values), rtol=0, atol=1e-6):
-        raise _other(place, f"experts with {type(experts[0].act_fn).__name__}")
+    if not torch.allclose(act_fn(values), torch.nn.functional.silu(values), rtol=0, atol=1e-6):
+        raise _other(place, f"experts with {type(act_fn).__name__}")
     weight = router.weight.detach()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(16, weight.shape[1], generator=generator).to(weight)

@@ -52,7 +52,7 @@ def make_mixture(
     Steps 1, 2 and 4 are functions that come with the model; they are meant to be inlined.
 
     Args:
-        model: its graph gets nodes and float32 initializers, which have the parameters' names and read them when needed.
+        model: its graph gets nodes and float32 initializers, which have the parameters' names and are read when needed.
         x: ``[batch, sequence, H]``.
         place: name of the block, e.g. ``model.layers.0.mlp``.
         routing: of the block.
