@@ -42,10 +42,10 @@ class Method:
 METHODS = (
     *(
         Method(recipe, bases)
-        for recipe in ("rtn", "gptq", "greedy", "refine", "fast", "sweep", "qbb", "best")
+        for recipe in ("rtn", "gptq", "greedy", "refine", "settled", "fast", "sweep", "qbb", "best")
         for bases in (4, 3, 2)
     ),
-    *(Method(recipe, bases, 0) for recipe in ("greedy", "refine", "qbb") for bases in (4, 3)),
+    *(Method(recipe, bases, 0) for recipe in ("greedy", "refine", "settled", "qbb") for bases in (4, 3)),
     *(Method(recipe, 3, 0) for recipe in ("rtn", "gptq", "fast", "sweep", "best")),
 )
 

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from qbb_export.artifact import read_graph, run_checker
 from qbb_export.errors import QbbError
+from qbb_export.files import page_out
 from qbb_export.load import load_torch
 from qbb_export.source import InputSpec, LoadOptions, TorchModel
 
@@ -170,7 +171,10 @@ def parameter_tensor(tensor: torch.Tensor, name: str, dtype: ir.DataType, shape:
 
     def read() -> ir.TensorProtocol:
         data = tensor.detach().cpu()
-        return ir.tensor((data.float() if data.is_floating_point() else data).numpy(), name=name)
+        values = ir.tensor((data.float() if data.is_floating_point() else data).numpy(), name=name)
+        if data.is_floating_point() and data.element_size() < 4 and data.is_contiguous():  # values are a copy
+            page_out(data.data_ptr(), data.numel() * data.element_size())
+        return values
 
     return ir.LazyTensor(read, dtype=dtype, shape=shape, name=name)
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 
+from qbb_export.cli import compile as compiling
 from qbb_export.cli import eval as evaluate
 from qbb_export.cli import export, report, run, study
 from qbb_export.cli.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, SPEAKS, Parser
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_arguments(verbs.add_parser("export", help="quantise a model and write it as ONNX (same as qbb-export)"))
     evaluate.add_arguments(verbs.add_parser("eval", help="compare models on a text: perplexity, KL, embeddings"))
     run.add_arguments(verbs.add_parser("run", help="continue a prompt with a folder that qbb-export wrote"))
+    compiling.add_arguments(verbs.add_parser("compile", help="compile an exported model with TVM, for other machines"))
     report.add_arguments(verbs.add_parser("report", help="one page that shows what a record holds, and JSON"))
     study.add_arguments(verbs.add_parser("study", help="the QBB paper's figures for a model, kept in a record"))
     library = verbs.add_parser("library", help="print the path for RegisterCustomOpsLibrary")

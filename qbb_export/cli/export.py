@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quantize = parser.add_argument_group("quantisation")
     quantize.add_argument(
         "--recipe",
-        choices=("best", "sweep", "qbb", "gptq", "fast", "refine", "greedy", "rtn", "float"),
+        choices=("best", "sweep", "qbb", "gptq", "fast", "settled", "refine", "greedy", "rtn", "float"),
         help="best, sweep, qbb, gptq: with the text that the model writes; the others: weights alone "
         "(default: best for transformers models that take token ids, fast for all others)",
     )
@@ -177,22 +178,28 @@ def _print_report(report: ExportReport, *, verified: bool) -> None:
     if not verified:
         out.print("not verified (--no-verify)")
         return
-    table = Table(
-        title="verification",
-        title_style="bold",
-        caption="library: our kernels; body: the operator in plain ONNX; student: PyTorch with the same weights",
+    out.print(
+        comparison_table(
+            report.comparisons,
+            "library: our kernels; body: the operator in plain ONNX; student: PyTorch with the same weights",
+        )
     )
+
+
+def comparison_table(rows: Sequence[Comparison], caption: str | None = None) -> Table:
+    """The verification table; of several outputs the worst is shown."""
+    table = Table(title="verification", title_style="bold", caption=caption)
     for column in ("comparison", "difference", "cosine", "bound", ""):
         table.add_column(column, justify="left" if column in ("comparison", "") else "right", no_wrap=True)
     worst_of: dict[str, Comparison] = {}
-    for row in report.comparisons:  # of several outputs the worst is shown
+    for row in rows:
         if row.what not in worst_of or not row.error <= worst_of[row.what].error:
             worst_of[row.what] = row
     for row in worst_of.values():
         mark = "" if row.bound is None else "ok" if row.ok else f"FAILED ({row.output})"
         bound = "-" if row.bound is None else f"{row.bound:.0e}"
         table.add_row(row.what, f"{row.error:.1e}", f"{row.cosine:.6f}", bound, mark)
-    out.print(table)
+    return table
 
 
 def _size(count: float) -> str:

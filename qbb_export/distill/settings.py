@@ -149,10 +149,11 @@ MODEL_RECIPES: Final[Mapping[str, ModelRecipe]] = MappingProxyType(
         "best": ModelRecipe(sweep=SweepSettings(), distill=(_SCALES_ONLY, DistillSettings(steps=3750))),
         # It without the distillation.
         "sweep": ModelRecipe(text=TextSettings(sequences=512), sweep=SweepSettings()),
-        # The paper: cascaded start, refinement by straight-through estimation, then scales alone learn from the text
-        # on which they differ most, logits and blocks by squared error, float blocks swapped out gradually.
+        # The paper: cascaded start, refinement by straight-through estimation (which `settled` follows to a minimum in
+        # all bases at once), then scales alone learn from the text on which they differ most, logits and blocks by
+        # squared error, float blocks swapped out gradually.
         "qbb": ModelRecipe(
-            start="refine",
+            start="settled",
             offset_up_to=0,
             text=TextSettings(keep=0.5),
             distill=(DistillSettings(steps=2000, codes=False, loss="mse", features=1.0, swap=0.5),),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Final
 
 from qbb_export.errors import QbbError
@@ -64,22 +65,22 @@ def routing_of(block: Any, place: str) -> Routing:
     names = {name for name, _ in block.named_children()}
     if names not in (_PARTS, _PARTS | _SHARED) or not isinstance(block.experts, Experts):
         raise _other(place, f"a mixture with {', '.join(sorted(names - _PARTS))}")
-    router, experts = block.gate, block.experts
+    router, experts = copy.deepcopy(block.gate).float(), block.experts  # in few bits equal products would be many
     act_fn: Any = experts[0].act_fn
     values = torch.linspace(-4, 4, 65)
     if not torch.allclose(act_fn(values), torch.nn.functional.silu(values), rtol=0, atol=1e-6):
         raise _other(place, f"experts with {type(act_fn).__name__}")
     weight = router.weight.detach()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(16, weight.shape[1], generator=generator).to(weight)
+    x = torch.randn(16, weight.shape[1], generator=generator).to(weight.device)
     with torch.no_grad():
         _, weights, index = router(x)
-        chances = (x @ weight.T).float().softmax(dim=-1)
+        chances = torch.nn.functional.linear(x, weight).softmax(dim=-1)
     k = index.shape[-1]
     top = chances.topk(k, dim=-1)
     for normalized in (True, False):
         expected = top.values / top.values.sum(dim=-1, keepdim=True) if normalized else top.values
-        same = torch.allclose(weights.float(), expected, rtol=2 * torch.finfo(weights.dtype).eps, atol=1e-6)
+        same = torch.allclose(weights, expected, rtol=1e-5, atol=1e-6)
         if same and torch.equal(index, top.indices):
             return Routing(len(experts), k, normalized)
     raise _other(place, f"{type(router).__name__}, which is no softmax followed by a choice of the largest")
@@ -88,29 +89,3 @@ def routing_of(block: Any, place: str) -> Routing:
 def _other(place: str, got: str) -> QbbError:
     expected = "softmax, the largest, SiLU; or -o FILE.onnx"
     return QbbError("mixture of experts cannot be exported with a KV cache", where=place, expected=expected, got=got)
-
-
-def rotation_table(module: Any, name: str, table: Any) -> Any:
-    """The cosines or sines of a model's rotary embedding, by its own frequencies.
-
-    *Why:* the builder computes them anew, and leaves out linear scaling, and YaRN's bounds.
-
-    Args:
-        module: of transformers.
-        name: of the builder's initializer.
-        table: the builder's, ``[positions, pairs]``.
-
-    Returns:
-        Ours, of the same shape and type; the builder's for any other initializer, and where frequencies depend on the
-        length of the text or on the layer.
-    """
-    import torch
-
-    parts = [part for part in module.modules() if isinstance(getattr(part, "inv_freq", None), torch.Tensor)]
-    if name not in ("cos_cache", "sin_cache") or len(parts) != 1:
-        return table
-    frequencies, scale = parts[0].inv_freq.detach().float().cpu(), getattr(parts[0], "attention_scaling", 1.0)
-    if getattr(parts[0], "rope_type", "") in ("dynamic", "longrope") or table.shape[1:] != frequencies.shape:
-        return table
-    angles = torch.outer(torch.arange(len(table), dtype=torch.float32), frequencies)
-    return ((angles.cos() if name == "cos_cache" else angles.sin()) * scale).to(table.dtype)

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from qbb_export.errors import QbbError
-from qbb_export.generation.adapt import adapt_config, rotation_table, routing_of
+from qbb_export.generation.adapt import adapt_config, routing_of
 from qbb_export.generation.folder import CONFIG
-from qbb_export.generation.mixture import make_mixture
+from qbb_export.generation.mixture import inline_mixtures, make_mixture
+from qbb_export.generation.rotations import compute_tables, rotation_of
 from qbb_export.generation.tie import Slice, tie_weights
 from qbb_export.passes.standard_norms import StandardNorms
 from qbb_export.source import LoadOptions, TorchModel
@@ -85,7 +85,8 @@ def build_decoder(loaded: TorchModel, source: str, load: LoadOptions, *, dtype: 
     if provider == "cpu":
         config["model"]["decoder"]["session_options"]["provider_options"] = []
     _name_head_size(models[0], config["model"]["decoder"]["head_size"])
-    common.InlinePass()(models[0])
+    inline_mixtures(models[0])
+    compute_tables(models[0], rotation_of(loaded.module))
     StandardNorms()(models[0])
     tie_weights(models[0], slices, parameters, _linear_parameters(loaded.module))
     return DecoderGraph(models[0], config, written)
@@ -157,7 +158,7 @@ def _builder_uses(
         found = find(tensor)
         if found is not None:
             slices[name] = found
-        make_initializer(self, rotation_table(module, name, tensor), name, **options)
+        make_initializer(self, tensor, name, **options)
 
     def make_mlp_or_mixture(self: Any, layer: int, mlp: Any, root_input: str) -> None:
         if not hasattr(mlp, "experts"):

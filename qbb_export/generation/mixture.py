@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import onnx.parser
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from qbb_export.capture import parameter_tensor
 
@@ -49,7 +50,7 @@ def make_mixture(
     4. rows times their weights, put back in the order of the tokens, and added up in the order of rule 1: always the
        same sum
 
-    Steps 1, 2 and 4 are functions that come with the model; they are meant to be inlined.
+    Steps 1, 2 and 4 are functions that come with the model; see :func:`inline_mixtures`.
 
     Args:
         model: its graph gets nodes and float32 initializers, which have the parameters' names and are read when needed.
@@ -118,6 +119,12 @@ def make_mixture(
         y = add("Add", [y, part], name="sum").outputs[0]
     y.shape = x.shape
     return y
+
+
+def inline_mixtures(model: ir.Model) -> None:
+    """Put the functions' nodes in the place of their calls; to be done once all mixtures are made."""
+    common.InlinePass(criteria=lambda function: function.domain == _DOMAIN)(model)
+    model.opset_imports.pop(_DOMAIN, None)
 
 
 def _functions(routing: Routing, dtype: ir.DataType, opset: int, hidden: int) -> dict[str, ir.Function]:

@@ -8,12 +8,13 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from qbb_export.errors import QbbError
-from qbb_export.quantize.alternating import Fit
+from qbb_export.quantize.alternating import Fit, alternate
 from qbb_export.quantize.greedy import greedy
 from qbb_export.quantize.levels import level_values, nearest_codes
 from qbb_export.quantize.multistart import best_fit
 from qbb_export.quantize.refine import refine
 from qbb_export.quantize.settings import QuantizeSettings
+from qbb_export.quantize.sorted_groups import SortedGroups
 from qbb_export.quantize.sums import tree_sum
 from qbb_export.quantize.uniform import range_levels
 
@@ -105,8 +106,25 @@ def refined(xp: Any, groups: Any, settings: QuantizeSettings, scale_dtype: str) 
     return GroupResult(codes, scales, None, [*result.errors, xp.where(wins[:, 0], error, start_error)])
 
 
+def settled(xp: Any, groups: Any, settings: QuantizeSettings, scale_dtype: str) -> GroupResult:
+    """The paper's weights-only part, then alternating minimisation from there (Xu et al. 2018).
+
+    The refinement changes one basis at a time and rests where no single sign of a weight helps: on normal weights with
+    3 bases at 0.051 of their energy, with least-squares scales or without. Levels that are all in view lead to 0.037.
+    """
+    before = refined(xp, groups, settings, scale_dtype)
+    start = Fit(xp.astype(before.scales, xp.float64), None)
+    fit, errors = alternate(xp, SortedGroups.of(xp, groups), start, settings.rounds)
+    after = stored_fit(xp, groups, fit, [*before.errors, errors[-1]], scale_dtype)
+    wins = after.errors[-1] <= before.errors[-1]  # rounding the scales must not lose what was found
+    codes, scales = (
+        xp.where(wins[:, None], new, old) for new, old in ((after.codes, before.codes), (after.scales, before.scales))
+    )
+    return GroupResult(codes, scales, None, [*after.errors[:-1], xp.where(wins, after.errors[-1], before.errors[-1])])
+
+
 RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
-    {"fast": fast, "greedy": analytic, "rtn": rtn, "refine": refined}
+    {"fast": fast, "greedy": analytic, "rtn": rtn, "refine": refined, "settled": settled}
 )
 
 

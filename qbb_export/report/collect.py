@@ -229,8 +229,10 @@ def stage_names(recipe: str, count: int, start: int = 0, sweep: int = 0) -> tupl
     sweep = sweep if start < sweep <= count else start
     if recipe == "greedy" and start >= 3:
         names = ["no basis", *(f"basis {i}" for i in range(1, start - 1)), "stored"]
-    elif recipe in ("refine", "qbb") and start >= 5:
-        names = ["no basis", "initialisation", *(f"stage {i}" for i in range(1, start - 3)), "least squares", "stored"]
+    elif recipe in ("refine", "settled", "qbb") and start >= (5 if recipe == "refine" else 7):
+        last = ["stored"] if recipe == "refine" else ["rounded", "alternating", "stored"]
+        stages = (f"stage {i}" for i in range(1, start - 2 - len(last)))
+        names = ["no basis", "initialisation", *stages, "least squares", *last]
     elif start >= 3:
         names = [*(f"round {i}" for i in range(start - 2)), "shakes", "stored"]
     else:

@@ -107,9 +107,9 @@ class StudyPlan:
         return self.draw([(label, [found[run.name] for run in runs]) for label, runs in self.rows], scale, float_model)
 
 
-def _refine(scale: Scale) -> Run:
-    """The paper's start from the weights alone; everything of the paper's goes on from it."""
-    return Run("refine", replace(scale.recipe("qbb"), distill=()))
+def _start(scale: Scale) -> Run:
+    """What is made of the weights alone; everything of the paper's goes on from it."""
+    return Run("settled", replace(scale.recipe("qbb"), distill=()))
 
 
 def _qbb(
@@ -124,7 +124,7 @@ def _qbb(
     recipe = scale.recipe("qbb")
     phases = recipe.distill if phase is None else (phase,)
     recipe = replace(recipe, distill=phases, text=replace(recipe.text, keep=keep))
-    return Run(name, recipe, after=_refine(scale), sequences=sequences)
+    return Run(name, recipe, after=_start(scale), sequences=sequences)
 
 
 def _paper(scale: Scale) -> Run:
@@ -139,7 +139,8 @@ def _components(scale: Scale) -> StudyPlan:
     scales: DistillSettings = replace(best.distill[0], steps=scale.steps)
     rows = {
         "greedy": Run("greedy", ModelRecipe("greedy", offset_up_to=0)),
-        "+ refinement": _refine(scale),
+        "+ refinement": Run("refine", ModelRecipe("refine", offset_up_to=0)),
+        "+ alternating": _start(scale),
         "+ scales distilled (qbb)": _paper(scale),
         "fast": fast,
         "sweep": sweep,
@@ -150,7 +151,7 @@ def _components(scale: Scale) -> StudyPlan:
 
 
 def _draw_components(rows: list[tuple[str, list[Measured]]], scale: Scale, float_model: Measured) -> list[Study]:
-    note = f"{_about(scale)} The first three are the paper's, one on top of the other; the others are ours."
+    note = f"{_about(scale)} The first four build the paper's recipe, one on top of the other; the others are ours."
     columns, table = _table([("float model", [float_model]), *rows], scale)
     labels = tuple(label for label, _ in rows)
     distances: tuple[float | None, ...] = tuple(found[0].distance for _, found in rows)
@@ -223,10 +224,10 @@ def _draw_samples(rows: list[tuple[str, list[Measured]]], scale: Scale, float_mo
 def _starts(scale: Scale) -> StudyPlan:
     recipe = scale.recipe("gptq")
     gptq = Run("gptq", recipe)
-    start = replace(_refine(scale), name="refine-gptq", instead=gptq)
+    start = replace(_start(scale), name="refine-gptq", instead=gptq)
     distilled = _paper(scale)
     rows = (
-        ("the model's weights", (_refine(scale), distilled)),
+        ("the model's weights", (_start(scale), distilled)),
         ("GPTQ's weights", (start, replace(distilled, name="qbb-gptq", after=start))),
         ("GPTQ itself", (gptq,)),
     )

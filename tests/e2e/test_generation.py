@@ -218,6 +218,14 @@ def test_a_tied_head_is_stored_once(tmp_path, dtype, size):
     assert 4000 * 64 * size <= data < 1.5 * 4000 * 64 * size
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rotations_take_no_room(tmp_path, dtype):
+    """The comparison with PyTorch is part of the export; 131072 positions as float16 alone would be 2 MB a table."""
+    source, _ = models.tiny_decoder("llama", tmp_path / "hf", max_position_embeddings=131072)
+    assert export(source, "-o", tmp_path / "out", *SMALL, "--dtype", dtype) == 0
+    assert sum(file.stat().st_size for file in (tmp_path / "out").glob("model.*")) < 600_000
+
+
 @pytest.mark.parametrize("bases", [1, 3])  # with an offset and without
 @pytest.mark.parametrize("layout", ["tiled", "rows"])
 def test_a_tied_head_and_its_embedding_are_one_packed_matrix(tmp_path, bases, layout):

@@ -121,8 +121,9 @@ def test_float_is_what_transformers_computes(tmp_path, family, changes):
 
 
 def test_float16(tmp_path):
-    """Patterns name single experts."""
+    """Of a checkpoint in bfloat16, where many of a router's products are equal. Patterns name single experts."""
     source, count = models.tiny_decoder("qwen3_moe", tmp_path / "hf")
+    of_transformers(source).bfloat16().save_pretrained(source)
     options = ("--dtype", "float16", "--exclude", "*.1.mlp.experts.3.*")
     assert export(source, "-o", tmp_path / "out", *THREE, *options) == 0
     names = quantised(tmp_path / "out.qbb")

@@ -257,7 +257,9 @@ def test_names_of_stages() -> None:
     assert names == ("no basis", "initialisation", "stage 1", "stage 2", "least squares", "stored")
     assert stage_names("greedy", 4) == ("no basis", "basis 1", "basis 2", "stored")
     assert stage_names("fast", 5) == ("round 0", "round 1", "round 2", "shakes", "stored")
-    assert stage_names("qbb", 7, start=6) == (*names, "learnt 1")
+    settled = quantize(np.ones((2, 64), np.float32), SETTINGS, "settled")
+    assert stage_names("settled", len(settled.errors)) == (*names[:-1], "rounded", "alternating", "stored")
+    assert stage_names("qbb", 9, start=8) == (*names[:-1], "rounded", "alternating", "stored", "learnt 1")
     assert stage_names("best", 7, start=4, sweep=5)[4:] == ("sweep", "learnt 1", "learnt 2")
     assert stage_names("rtn", 1) == ("stored",) and len(stage_names("other", 4, start=9, sweep=9)) == 4
 

@@ -1,0 +1,78 @@
+"""Compile a model with TVM into a folder: a library, and a manifest that says what goes in and comes out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from qbb_export.errors import QbbError
+from qbb_export.files import file_sha256, write_whole
+from qbb_export.runtimes import gate
+from qbb_export.runtimes.tvm.load import LIBRARY, MANIFEST, MANIFEST_VERSION
+from qbb_export.runtimes.tvm.targets import Target, find_target
+from qbb_export.runtimes.tvm.versions import PINNED, check_versions
+
+
+def compile_model(path: str | Path, target: str, output: str | Path, *, force: bool = False) -> Target:
+    """Compile an .onnx file that we exported for a machine without ONNX Runtime.
+
+    Args:
+        path: the model, data beside it.
+        target: a name in ``targets.TARGETS``, or TVM's description as JSON.
+        output: folder to write: ``model.so`` and ``manifest.json``.
+        force: replace an existing folder.
+
+    Returns:
+        What it was compiled for.
+
+    Raises:
+        QbbError: TVM is not there in the versions we need, unknown target, no compiler for it, the file breaks a rule
+            of the gate, an operator that TVM cannot import, or the folder exists.
+    """
+    check_versions()
+    path, output = Path(path), Path(output)
+    machine = find_target(target)
+    if output.exists() and not force:
+        raise QbbError("the output exists", where=output, expected="a new folder, or --force")
+    gate.check(path)
+    import tvm
+    from tvm.support import cc
+
+    from qbb_export.runtimes.tvm.importer import import_model
+
+    module, graph = import_model(path)
+    try:
+        described = tvm.target.Target(dict(machine.description))
+    except Exception as error:  # whatever TVM raises for a description that it does not know
+        raise QbbError("TVM refuses the target", where=f"--target {target}", got=str(error).splitlines()[0]) from error
+    executable = tvm.compile(module, described)
+    temporary = output.with_name(output.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    linker = {} if machine.linker is None else {"fcompile": cc.cross_compiler(machine.linker)}
+    executable.export_library(str(temporary / LIBRARY), **linker)
+    known = {value.name for value in graph.initializer}
+    manifest = {
+        "version": MANIFEST_VERSION,
+        "target": {"name": machine.name, **machine.description},
+        "model": {"file": path.name, "sha256": file_sha256(path)},
+        "library": {"file": LIBRARY, "sha256": file_sha256(temporary / LIBRARY)},
+        "tvm": PINNED,
+        "inputs": [_value(value) for value in graph.input if value.name not in known],
+        "outputs": [_value(value) for value in graph.output],
+    }
+    write_whole(temporary / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    if output.exists():
+        shutil.rmtree(output)
+    temporary.rename(output)
+    return machine
+
+
+def _value(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    tensor = value.type.tensor_type
+    shape = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in tensor.shape.dim]
+    return {"name": value.name, "dtype": str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)), "shape": shape}

@@ -1,0 +1,77 @@
+"""Names of targets: what LLVM is told, and the compiler that links for them."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
+
+from qbb_export.errors import QbbError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of machine.
+
+    Attributes:
+        name: ours, or ``custom``.
+        description: as TVM takes it.
+        linker: a C++ compiler for that machine; None: this machine's own.
+        package: Debian's package with the linker.
+        machine: as ``platform.machine`` says it; the result is run and compared on such a machine only.
+    """
+
+    name: str
+    description: MappingProxyType[str, Any]
+    linker: str | None = None
+    package: str = "g++"
+    machine: str = ""
+
+
+def _llvm(name: str, machine: str, linker: str | None = None, package: str = "g++", **options: Any) -> Target:
+    return Target(name, MappingProxyType({"kind": "llvm", **options}), linker, package, machine)
+
+
+_AARCH64: Final = ("aarch64", "aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu")
+TARGETS: Final = MappingProxyType(
+    {
+        target.name: target
+        for target in (
+            _llvm("native", platform.machine()),
+            _llvm("x86-64-v3", "x86_64", mcpu="x86-64-v3"),
+            _llvm("x86-64-v4", "x86_64", mcpu="x86-64-v4"),
+            _llvm("cortex-a76", *_AARCH64, mtriple="aarch64-linux-gnu", mcpu="cortex-a76"),
+            _llvm("cortex-a53", *_AARCH64, mtriple="aarch64-linux-gnu", mcpu="cortex-a53"),
+            _llvm("riscv64", "riscv64", "riscv64-linux-gnu-g++", "g++-riscv64-linux-gnu",
+                  mtriple="riscv64-linux-gnu", mcpu="generic-rv64", mattr=["+m", "+a", "+f", "+d", "+c"]),
+        )
+    }
+)  # fmt: skip
+
+
+def find_target(text: str) -> Target:
+    """A target by its name, or by TVM's own description as JSON, which is linked for this machine.
+
+    Raises:
+        QbbError: neither, or the compiler that links for it is missing.
+    """
+    if text.lstrip().startswith("{"):
+        try:
+            target = Target("custom", MappingProxyType(json.loads(text)))
+        except json.JSONDecodeError as error:
+            raise QbbError("bad target", where="--target", expected="a name or JSON", got=error) from error
+    elif text in TARGETS:
+        target = TARGETS[text]
+    else:
+        raise QbbError("unknown target", where="--target", expected=f"{', '.join(TARGETS)}, or TVM's JSON", got=text)
+    linker = target.linker or "g++"
+    if shutil.which(linker) is None:
+        raise QbbError(
+            "no compiler to link with",
+            where=f"--target {target.name}",
+            expected=f"{linker} (apt install {target.package})",
+        )
+    return target

@@ -1,0 +1,171 @@
+"""Compiled models against ONNX Runtime and float64, in TVM itself."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+tvm = pytest.importorskip("tvm", reason="TVM was NOT tested: pip install 'qbb-export[tvm]'")
+
+from qbb_export import cli, compiling  # noqa: E402
+from qbb_export import format as fmt  # noqa: E402
+from qbb_export.errors import QbbError  # noqa: E402
+from qbb_export.passes.function_body import AttachFunctionBody  # noqa: E402
+from qbb_export.runtimes.tvm import load, operator, versions  # noqa: E402
+from qbb_export.runtimes.tvm.build import compile_model  # noqa: E402
+from qbb_export.runtimes.tvm.targets import TARGETS, find_target  # noqa: E402
+from tests.kernels.layers import make_layer, make_node_model, with_garbage  # noqa: E402
+
+NATIVE = {"kind": "llvm", "mcpu": "native"}
+
+
+def test_versions_are_the_pinned_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions.check_versions()
+    monkeypatch.setattr(versions, "PINNED", {"apache-tvm": "0.1"})
+    with pytest.raises(
+        QbbError, match=r"^pip install 'qbb-export\[tvm\]': TVM is not installed as we need it; expected"
+    ):
+        versions.check_versions()
+
+
+@pytest.mark.parametrize("bases", [1, 2, 3, 4, 8])
+def test_kernel(bases: int) -> None:
+    rng = np.random.default_rng(bases)
+    for (K, N, group), dtype in itertools.product(
+        ((1, 1, 1), (31, 3, 31), (33, 16, 32), (130, 33, 96), (300, 40, 300), (1100, 20, 256)), (np.float16, np.float32)
+    ):
+        layer = with_garbage(rng, make_layer(rng, K, N, bases, group, dtype=dtype, offset=bool(rng.integers(2))))
+        spec = layer.spec
+        function = tvm.compile(operator.exact(spec, np.dtype(dtype).name), tvm.target.Target(dict(NATIVE)))
+        x = rng.standard_normal((3, K), dtype=np.float32)
+        offset = np.broadcast_to(layer.offset, (spec.tiles, spec.groups, 16)).astype(np.float32)
+        bias = np.zeros((spec.tiles, 16), np.float32)
+        bias.reshape(-1)[:N] = np.broadcast_to(layer.bias, N)
+        y = tvm.runtime.tensor(np.full((3, N), np.nan, np.float32))
+        function["binary_basis_matmul"](*map(tvm.runtime.tensor, (x, layer.planes, layer.scales, offset, bias)), y)
+        assert (np.abs(y.numpy() - layer.exact(x)) <= layer.bound(x)).all(), spec
+
+
+@pytest.mark.parametrize("layout", [fmt.LAYOUT_ROWS, fmt.LAYOUT_TILED])
+def test_one_node(tmp_path: Path, layout: int) -> None:
+    layer = make_layer(np.random.default_rng(0), 200, 50, 3, 64, layout=layout, dtype=np.float16)
+    model = ir.from_proto(make_node_model(layer, dims=("batch", "sequence")))
+    AttachFunctionBody()(model)
+    ir.save(model, tmp_path / "m.onnx")
+    compile_model(tmp_path / "m.onnx", "native", tmp_path / "out")
+    for shape in ((1, 1, 200), (2, 5, 200)):
+        x = np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
+        y = load(tmp_path / "out").run({"X": x})["Y"].reshape(-1, 50)
+        assert (np.abs(y - layer.exact(x.reshape(-1, 200))) <= layer.bound(x.reshape(-1, 200))).all()
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("torch")
+    from tests.unit.models import tiny_llama
+
+    folder = tmp_path_factory.mktemp("tvm")
+    source = tiny_llama(folder / "hf")
+    arguments = [str(source), "-o", str(folder / "m.onnx"), "--recipe", "rtn", "--bases", "3", "--group-size", "32"]
+    assert cli.export_main(arguments) == 0
+    return folder / "m.onnx"
+
+
+@pytest.fixture(scope="module")
+def folder(language_model: Path) -> Path:
+    compile_model(language_model, "native", language_model.parent / "native")
+    return language_model.parent / "native"
+
+
+def test_command(language_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It compares with ONNX Runtime."""
+    assert cli.main(["compile", str(language_model), "-o", str(tmp_path / "out")]) == 0
+    assert "TVM / ONNX Runtime" in capsys.readouterr().out
+
+
+def test_free_sizes(language_model: Path, folder: Path) -> None:
+    from qbb_export.verification import run_file
+
+    compiled = load(folder)
+    for batch, length in ((1, 1), (3, 40)):
+        ids = np.random.default_rng(length).integers(0, 97, (batch, length))
+        feeds = {
+            value["name"]: {"input_ids": ids}.get(value["name"], np.ones_like(ids))
+            for value in compiled.manifest["inputs"]
+        }
+        (expected,) = run_file(language_model, feeds, library=True).values()
+        (found,) = compiled.run(feeds).values()
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_the_runtime_alone_is_enough(folder: Path) -> None:
+    code = (
+        "import sys, numpy as np\nfrom qbb_export.runtimes.tvm import load\n"
+        f"c = load({str(folder)!r})\n"
+        "ids = np.arange(12).reshape(1, 12)\n"
+        "names = [i['name'] for i in c.manifest['inputs']]\n"
+        "found = c.run({name: ids if name == 'input_ids' else ids * 0 + 1 for name in names})\n"
+        "print([v.shape for v in found.values()])\n"
+        "assert 'onnxruntime' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TVM_USE_RUNTIME_LIB": "1"}
+    )
+    assert done.returncode == 0 and "(1, 12, 97)" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if target.linker is not None])
+def test_other_machines(language_model: Path, tmp_path: Path, name: str) -> None:
+    target = TARGETS[name]
+    if shutil.which(target.linker or "") is None:
+        with pytest.raises(QbbError, match=re.escape(f"expected {target.linker} (apt install {target.package})")):
+            find_target(name)
+        pytest.skip(f"{name} was NOT compiled for: no {target.linker}")
+    assert compiling.compile_and_compare(language_model, name, tmp_path / "out") == []
+    head = (tmp_path / "out" / "model.so").read_bytes()[:20]
+    machines = {"aarch64": 183, "riscv64": 243}
+    assert head[:4] == b"\x7fELF" and head[18] == machines[target.machine]
+
+
+def test_bad_targets_and_output(language_model: Path, folder: Path) -> None:
+    with pytest.raises(QbbError, match="unknown target; expected native, x86-64-v3"):
+        compile_model(language_model, "pentium", folder)
+    with pytest.raises(QbbError, match="bad target"):
+        compile_model(language_model, "{kind", folder)
+    with pytest.raises(QbbError, match="the output exists"):
+        compile_model(language_model, "native", folder)
+
+
+def test_bad_feeds(folder: Path) -> None:
+    compiled = load(folder)
+    with pytest.raises(QbbError, match="missing input"):
+        compiled.run({})
+    feeds = {value["name"]: np.zeros((1, 3), np.int64) for value in compiled.manifest["inputs"]}
+    with pytest.raises(QbbError, match=r"bad input; expected int64 .*; got float32 \[1, 3\]"):
+        compiled.run({**feeds, "input_ids": np.zeros((1, 3), np.float32)})
+    with pytest.raises(QbbError, match=r"attention_mask: bad input; expected int64 .*; got int64 \[1, 4\]"):
+        compiled.run({**feeds, "attention_mask": np.zeros((1, 4), np.int64)})
+
+
+def test_bad_folders(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.so").write_bytes(b"other")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(QbbError, match="not the one that was compiled"):
+        load(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "version": 9}))
+    with pytest.raises(QbbError, match="manifest of another version; expected 1; got 9"):
+        load(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(QbbError, match="no compiled model"):
+        load(tmp_path)
