@@ -60,15 +60,7 @@ def load_pretrained(source: str, options: LoadOptions, state_dict: Mapping[str, 
                 raise QbbError(
                     "encoder-decoder models are not supported", where=source, expected="an encoder or a decoder"
                 )
-            model_class = _model_class(config)
-            place = source if state_dict is None else None
-            module, info = model_class.from_pretrained(
-                place,
-                config=config,
-                state_dict=None if state_dict is None else dict(state_dict),
-                dtype="auto",
-                output_loading_info=True,
-            )
+            module, info = _open(config, source, state_dict)
     except QbbError:
         raise
     except Exception as error:  # transformers raises many types for files that are missing, damaged or foreign
@@ -81,6 +73,32 @@ def load_pretrained(source: str, options: LoadOptions, state_dict: Mapping[str, 
     module.config.use_cache = False  # whole sequences: the cache would be a second set of outputs
     inputs = options.inputs or _config_inputs(module, source)
     return TorchModel(module.eval(), inputs, pretrained=True, tokenizer=_tokenizer_file(source))
+
+
+def _open(config: Any, source: str, state_dict: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+    """The model with the experts of mixtures as linear layers, and what transformers has to say about the weights."""
+    from qbb_export.experts import apart, split_experts, stacks_experts
+
+    def read(model_class: Any) -> tuple[Any, dict[str, Any]]:
+        module, info = model_class.from_pretrained(
+            source if state_dict is None else None,
+            config=config,
+            state_dict=None if state_dict is None else dict(state_dict),
+            dtype="auto",
+            output_loading_info=True,
+        )
+        return module, info
+
+    model_class = _model_class(config)
+    if stacks_experts(config.model_type):
+        with apart(model_class) as split_class:
+            module, info = read(split_class)
+        module.__class__ = model_class
+        if not any(".experts." in key for key in info["missing_keys"]):
+            return module, info
+    module, info = read(model_class)  # no mixture, or one whose experts are together in the file
+    split_experts(module)
+    return module, info
 
 
 def _tokenizer_file(source: str) -> Path | None:

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, Final
+
+from qbb_export.errors import QbbError
+from qbb_export.experts import Experts
+from qbb_export.generation.mixture import Routing
+
+# Mixtures of experts that the builder does not know, and what they are but for the experts.
+_DENSE: Final = {
+    "MixtralForCausalLM": "MistralForCausalLM",
+    "Qwen2MoeForCausalLM": "Qwen2ForCausalLM",
+    "Qwen3MoeForCausalLM": "Qwen3ForCausalLM",
+}
+_PARTS: Final = {"gate", "experts"}
+_SHARED: Final = {"shared_expert", "shared_expert_gate"}
 
 
 def adapt_config(config: Any) -> None:
@@ -13,6 +27,7 @@ def adapt_config(config: Any) -> None:
     3. kinds of scaling: the builder reads a long-range one's under the name of transformers 4, and for YaRN wants
        numbers that transformers has defaults for
     4. the epsilon of a LayerNorm (Phi): the builder knows that of an RMS norm only, and takes 1e-6 where there is none
+    5. mixtures of experts: the builder makes the model of the same kind without, and asks us for the mixtures
 
     An export is compared with PyTorch before it is finished, so a difference that is not listed here does not pass.
     """
@@ -29,3 +44,48 @@ def adapt_config(config: Any) -> None:
         config.layer_types = ["sliding_attention"] * config.num_hidden_layers
     if not hasattr(config, "rms_norm_eps") and hasattr(config, "layer_norm_eps"):  # rule 4
         config.rms_norm_eps = config.layer_norm_eps
+    if config.architectures and config.architectures[0] in _DENSE:  # rule 5
+        config.architectures = [_DENSE[config.architectures[0]]]
+        config.num_local_experts = config.num_experts = 0
+        config.moe_intermediate_size = config.intermediate_size  # layers without a mixture have this one
+
+
+def routing_of(block: Any, place: str) -> Routing:
+    """How a mixture chooses, found out by trying its router.
+
+    Args:
+        block: of transformers, with :class:`~qbb_export.experts.Experts`.
+        place: its name, for the message.
+
+    Raises:
+        QbbError: it has other parts, routes in another way, or has another activation.
+    """
+    import torch
+
+    names = {name for name, _ in block.named_children()}
+    if names not in (_PARTS, _PARTS | _SHARED) or not isinstance(block.experts, Experts):
+        raise _other(place, f"a mixture with {', '.join(sorted(names - _PARTS))}")
+    router, experts = copy.deepcopy(block.gate).float(), block.experts  # in few bits equal products would be many
+    act_fn: Any = experts[0].act_fn
+    values = torch.linspace(-4, 4, 65)
+    if not torch.allclose(act_fn(values), torch.nn.functional.silu(values), rtol=0, atol=1e-6):
+        raise _other(place, f"experts with {type(act_fn).__name__}")
+    weight = router.weight.detach()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, weight.shape[1], generator=generator).to(weight.device)
+    with torch.no_grad():
+        _, weights, index = router(x)
+        chances = torch.nn.functional.linear(x, weight).softmax(dim=-1)
+    k = index.shape[-1]
+    top = chances.topk(k, dim=-1)
+    for normalized in (True, False):
+        expected = top.values / top.values.sum(dim=-1, keepdim=True) if normalized else top.values
+        same = torch.allclose(weights, expected, rtol=1e-5, atol=1e-6)
+        if same and torch.equal(index, top.indices):
+            return Routing(len(experts), k, normalized)
+    raise _other(place, f"{type(router).__name__}, which is no softmax followed by a choice of the largest")
+
+
+def _other(place: str, got: str) -> QbbError:
+    expected = "softmax, the largest, SiLU; or -o FILE.onnx"
+    return QbbError("mixture of experts cannot be exported with a KV cache", where=place, expected=expected, got=got)

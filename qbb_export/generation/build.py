@@ -14,7 +14,7 @@ import io
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +23,14 @@ from typing import Any, Final
 import onnx_ir as ir
 
 from qbb_export.errors import QbbError
-from qbb_export.generation.adapt import adapt_config
+from qbb_export.generation.adapt import adapt_config, routing_of
 from qbb_export.generation.folder import CONFIG
+from qbb_export.generation.mixture import inline_mixtures, make_mixture
 from qbb_export.generation.rotations import compute_tables, rotation_of
 from qbb_export.generation.tie import Slice, tie_weights
 from qbb_export.passes.standard_norms import StandardNorms
 from qbb_export.source import LoadOptions, TorchModel
 
-_MIXTURES: Final = ("MoE", "QMoE")
 _INSTALL: Final = "pip install 'qbb-export[genai]'"
 # The builder's attention operator exists on CPUs for float32 only, ONNX Runtime's for float16, too.
 _PRECISIONS: Final = {"float32": "fp32", "float16": "fp16"}
@@ -70,19 +70,22 @@ def build_decoder(loaded: TorchModel, source: str, load: LoadOptions, *, dtype: 
     if loaded.tokenizer is None:
         raise QbbError("no tokenizer", where=place, expected="tokenizer.json in the model's folder")
     parameters = dict(loaded.module.named_parameters(remove_duplicate=False))
+    packed = [name for name, parameter in parameters.items() if parameter.dim() == 3 and ".experts." in name]
+    if packed:
+        raise _unknown(place, f"a mixture whose experts are no plain linear layers, {packed[0]}")
     slices: dict[str, Slice] = {}
     models: list[ir.Model] = []
-    with tempfile.TemporaryDirectory() as folder, _builder_uses(builder, _shallow(loaded.module), slices, models):
+    uses = _builder_uses(builder, _shallow(loaded.module), parameters, slices, models)
+    with tempfile.TemporaryDirectory() as folder, uses:
         _run_builder(builder, place, Path(folder), dtype, provider)
         if len(models) != 1:
             raise _unknown(place, f"{len(models)} graphs")
-        if any(node.op_type in _MIXTURES for node in models[0].graph):
-            raise _unknown(place, "a mixture of experts, whose weights are no linear layers in its graph")
         written = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()}
     config = json.loads(written.pop(CONFIG))
     if provider == "cpu":
         config["model"]["decoder"]["session_options"]["provider_options"] = []
     _name_head_size(models[0], config["model"]["decoder"]["head_size"])
+    inline_mixtures(models[0])
     compute_tables(models[0], rotation_of(loaded.module))
     StandardNorms()(models[0])
     tie_weights(models[0], slices, parameters, _linear_parameters(loaded.module))
@@ -140,11 +143,14 @@ def _run_builder(builder: Any, place: str, folder: Path, dtype: str, provider: s
 
 
 @contextmanager
-def _builder_uses(builder: Any, module: Any, slices: dict[str, Slice], models: list[ir.Model]) -> Iterator[None]:
+def _builder_uses(
+    builder: Any, module: Any, parameters: Mapping[str, Any], slices: dict[str, Slice], models: list[ir.Model]
+) -> Iterator[None]:
     """Let the builder read ``module`` instead of loading a second copy, note which parameter each of its initializers
-    reads, and keep the graph instead of writing all weights to disk.
+    reads, take mixtures of experts from us, and keep the graph instead of writing all weights to disk.
     """
     base = builder.Model
+    make_mlp = base.make_mlp
     make_initializer = base.make_initializer
     find = _finder(module)
 
@@ -153,6 +159,21 @@ def _builder_uses(builder: Any, module: Any, slices: dict[str, Slice], models: l
         if found is not None:
             slices[name] = found
         make_initializer(self, tensor, name, **options)
+
+    def make_mlp_or_mixture(self: Any, layer: int, mlp: Any, root_input: str) -> None:
+        if not hasattr(mlp, "experts"):
+            make_mlp(self, layer, mlp, root_input)
+            return
+        place = next(name for name, part in module.named_modules() if part is mlp)
+        routing, shared = routing_of(mlp, place), getattr(mlp, "shared_expert", None)
+        if shared is not None:
+            dense, self.intermediate_size = self.intermediate_size, shared.down_proj.in_features
+            make_mlp(self, layer, shared, root_input)
+            self.intermediate_size = dense
+            shared = self.make_value(self.layernorm_attrs["skip_input"])
+        y = make_mixture(self.model, self.make_value(root_input), place, routing, parameters, shared)
+        self.values[y.name] = y
+        self.layernorm_attrs["skip_input"] = y.name
 
     def keep(self: Any, folder: str) -> None:
         for node in self.model.graph:
@@ -168,6 +189,7 @@ def _builder_uses(builder: Any, module: Any, slices: dict[str, Slice], models: l
                 if name in vars(owner):
                     stack.enter_context(_replaced(owner, name, replacement))
         stack.enter_context(_replaced(base, "make_initializer", noted))
+        stack.enter_context(_replaced(base, "make_mlp", make_mlp_or_mixture))
         yield
 
 

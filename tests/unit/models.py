@@ -122,7 +122,22 @@ def tiny_decoder(family: str, folder: Path, **changes: object) -> tuple[Path, in
             },
             14,
         ),
-    }
+        "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, 34),
+        "qwen2_moe": (
+            "Qwen2Moe",
+            {
+                "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "decoder_sparse_step": 2,
+                "shared_expert_intermediate_size": 48,
+            },
+            34,
+        ),
+        "qwen3_moe": (
+            "Qwen3Moe",
+            {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True},
+            40,
+        ),
+        "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, 34),
+    }  # fmt: skip
     name, options, layers = own[family]
     config_class = getattr(transformers, f"{name}TextConfig" if family == "gemma3" else f"{name}Config")
     model = getattr(transformers, f"{name}ForCausalLM")(config_class(**{**common, **options, **changes}))
