@@ -62,7 +62,7 @@ def test_all_studies_of_a_language_model(tmp_path: Path, capsys: pytest.CaptureF
 
     kl, bits = numbers(made["components"], "KL"), numbers(made["components"], "bits")
     assert list(kl) == [
-        "float model", "greedy", "+ refinement", "+ scales distilled (qbb)",
+        "float model", "greedy", "+ refinement", "+ alternating", "+ scales distilled (qbb)",
         "fast", "sweep", "sweep + scales", "sweep + scales + codes (best)",
     ]  # fmt: skip
     assert kl["float model"] == 0 < min(kl[name] for name in kl if name != "float model")
@@ -73,7 +73,7 @@ def test_all_studies_of_a_language_model(tmp_path: Path, capsys: pytest.CaptureF
     assert [(s.label, s.x) for s in made["samples"].series] == [("random", (32, 128)), ("filtered", (32, 128))]
     # The same run in two tables: 256 sequences of which the filter keeps half.
     assert made["samples"].series[1].y[1] == kl["+ scales distilled (qbb)"]
-    assert numbers(made["starts"], "KL")["the model's weights"] == kl["+ refinement"]
+    assert numbers(made["starts"], "KL")["the model's weights"] == kl["+ alternating"]
 
     times = {path: path.stat().st_mtime_ns for path in record.rglob("*") if path.suffix in (".json", ".safetensors")}
     assert study(folder, record, "--text", text) == 0
