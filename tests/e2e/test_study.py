@@ -67,7 +67,7 @@ def test_all_studies_of_a_language_model(tmp_path: Path, capsys: pytest.CaptureF
     ]  # fmt: skip
     assert kl["float model"] == 0 < min(kl[name] for name in kl if name != "float model")
     assert bits["greedy"] == pytest.approx(2 + 2 * 16 / 32 + numbers_of_empty_offsets(made["cost"]))
-    assert len(numbers(made["components"], "perplexity")) == 8
+    assert len(numbers(made["components"], "perplexity")) == 9
     losses = numbers(made["losses"], "KL")
     assert list(losses) == ["CE of the tokens", "KL", "MSE of the logits", "… + features", "… + features + swap"]
     assert [(s.label, s.x) for s in made["samples"].series] == [("random", (32, 128)), ("filtered", (32, 128))]
