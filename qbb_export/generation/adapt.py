@@ -6,7 +6,6 @@ import copy
 from typing import Any, Final
 
 from qbb_export.errors import QbbError
-from qbb_export.experts import Experts
 from qbb_export.generation.mixture import Routing
 
 # Mixtures of experts that the builder does not know, and what they are but for the experts.
@@ -61,6 +60,8 @@ def routing_of(block: Any, place: str) -> Routing:
         QbbError: it has other parts, routes in another way, or has another activation.
     """
     import torch
+
+    from qbb_export.experts import Experts
 
     names = {name for name, _ in block.named_children()}
     if names not in (_PARTS, _PARTS | _SHARED) or not isinstance(block.experts, Experts):
