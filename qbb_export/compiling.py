@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qbb_export import verification
+from qbb_export.evaluate.text import tokenizer_beside
 from qbb_export.verification import Comparison
 
 
@@ -35,10 +36,7 @@ def compile_and_compare(
     machine = compile_model(model, target, output, force=force)
     if not verify or machine.machine != platform.machine():
         return []
-    tokenizer = model.with_name(model.name.removesuffix(".onnx") + ".tokenizer.json")
-    feeds = verification.sample_inputs(
-        verification.graph_inputs(ir.load(model)), tokenizer if tokenizer.is_file() else None
-    )
+    feeds = verification.sample_inputs(verification.graph_inputs(ir.load(model)), tokenizer_beside(model))
     expected = verification.run_file(model, feeds, library=True)
     found = load(output).run(feeds)
     return verification.compare("TVM / ONNX Runtime", found, expected, verification.BODY_BOUND)

@@ -10,12 +10,12 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qbb_export import artifact
+from qbb_export import artifact, folders
 from qbb_export.capture import capture
 from qbb_export.errors import QbbError
 from qbb_export.files import write_whole
-from qbb_export.generation import folder as folders
 from qbb_export.generation.build import DecoderGraph, build_decoder
+from qbb_export.generation.folder import CONFIG, MODEL, write_companions
 from qbb_export.load import load_torch
 from qbb_export.passes.fold_weights import FoldWeights
 from qbb_export.passes.function_body import binary_basis_nodes
@@ -125,12 +125,12 @@ class FolderDestination(Destination):
         self._folder, self._options = output, options
         self._scratch = folders.scratch_path(output)
         self._decoder: DecoderGraph | None = None
-        self.file = self._scratch / folders.MODEL
+        self.file = self._scratch / MODEL
         self.record = self._scratch.with_suffix(".qbb")
 
     def check(self, *, force: bool) -> None:
         """See :class:`Destination`."""
-        folders.check_folder_writable(self._folder, force=force)
+        folders.check_folder_writable(self._folder, CONFIG, force=force)
 
     def open(self, source: str, load: LoadOptions) -> tuple[ir.Model, TorchModel | None]:
         """See :class:`Destination`."""
@@ -151,7 +151,7 @@ class FolderDestination(Destination):
         folders.make_scratch(self._scratch)
         size = artifact.save(model, self.file, on_tensor=on_tensor)
         portable = self._options.portable or not binary_basis_nodes(model)
-        folders.write_companions(self._scratch, self._decoder.config, self._decoder.files, portable=portable)
+        write_companions(self._scratch, self._decoder.config, self._decoder.files, portable=portable)
         return size
 
     def commit(self) -> None:

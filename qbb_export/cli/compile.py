@@ -35,11 +35,9 @@ def run(options: argparse.Namespace) -> int:
         options.model, options.target, options.output, force=options.force, verify=not options.no_verify
     )
     out = Console()
-    out.print(comparison_table(rows) if rows else f"not compared: {options.target} was not run on this machine")
-    out.print(
-        f'to run it: python -c "from qbb_export.runtimes.tvm import load; '
-        f"print(load('{options.output}').run(feeds))\"",
-        soft_wrap=True,
-        highlight=False,
-    )
+    if options.no_verify:
+        out.print("not verified (--no-verify)")
+    else:
+        out.print(comparison_table(rows) if rows else f"not compared: this machine cannot run {options.target}")
+    out.print(f"to run it, in Python: qbb_export.runtimes.tvm.load('{options.output}').run(feeds)", soft_wrap=True)
     return 0 if all(row.ok for row in rows) else EXIT_DISAGREES

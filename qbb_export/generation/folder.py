@@ -10,7 +10,6 @@ libqbb_ops.so                      the operator library; absent in a portable fo
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,52 +17,11 @@ from typing import Any, Final
 
 from qbb_export.custom_ops import library_info
 from qbb_export.errors import QbbError
-from qbb_export.files import file_sha256, sync_folder, write_whole
+from qbb_export.files import file_sha256, write_whole
 
 CONFIG: Final = "genai_config.json"
 MODEL: Final = "model.onnx"
 TOKENIZER: Final = "tokenizer.json"
-
-
-def check_folder_writable(folder: Path, *, force: bool) -> None:
-    """Refuse an output folder that cannot or must not be written, before any work is done.
-
-    Raises:
-        QbbError: missing or unwritable parent, a file in its place, something else in it, or an existing model without
-            ``force``.
-    """
-    parent = folder.absolute().parent
-    if not parent.is_dir():
-        raise QbbError("output folder's parent does not exist", where=folder, expected="an existing folder", got=parent)
-    if not os.access(parent, os.W_OK):
-        raise QbbError("output folder is not writable", where=folder, expected="write permission", got=parent)
-    if folder.exists() and not folder.is_dir():
-        raise QbbError("output is a file", where=folder, expected="a folder to make, or FILE.onnx", got="a file")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not (folder / CONFIG).is_file():
-        raise QbbError("output folder holds something else", where=folder, expected=f"{CONFIG} in it, or no folder")
-    if not force:
-        raise QbbError("output exists already (--force replaces it)", where=folder)
-
-
-def scratch_path(folder: Path) -> Path:
-    """What a folder is called until it is complete."""
-    folder = folder.absolute()
-    return folder.with_name(folder.name + ".tmp")
-
-
-def make_scratch(scratch: Path) -> None:
-    """Make the folder, empty; what a killed run left of it goes.
-
-    Raises:
-        QbbError: it cannot be made.
-    """
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-    except OSError as error:
-        raise QbbError("cannot write the folder", where=scratch, got=error.strerror or error) from error
 
 
 def write_companions(scratch: Path, config: Mapping[str, Any], files: Mapping[str, bytes], *, portable: bool) -> None:
@@ -90,22 +48,6 @@ def write_companions(scratch: Path, config: Mapping[str, Any], files: Mapping[st
         write_whole(scratch / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
     except OSError as error:
         raise QbbError("cannot write the folder", where=scratch, got=error.strerror or error) from error
-
-
-def commit(scratch: Path, folder: Path) -> None:
-    """Give the finished folder its name; what was there before goes."""
-    old = scratch.with_name(scratch.name + ".old")
-    try:
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        scratch.rename(folder)
-        sync_folder(folder.absolute().parent)
-    except OSError as error:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise QbbError("cannot write the folder", where=folder, got=error.strerror or error) from error
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 
+from qbb_export import folders
 from qbb_export.errors import QbbError
 from qbb_export.files import file_sha256, write_whole
 from qbb_export.runtimes import gate
@@ -24,20 +25,19 @@ def compile_model(path: str | Path, target: str, output: str | Path, *, force: b
         path: the model, data beside it.
         target: a name in ``targets.TARGETS``, or TVM's description as JSON.
         output: folder to write: ``model.so`` and ``manifest.json``.
-        force: replace an existing folder.
+        force: replace a folder that this function wrote.
 
     Returns:
         What it was compiled for.
 
     Raises:
         QbbError: TVM is not there in the versions we need, unknown target, no compiler for it, the file breaks a rule
-            of the gate, an operator that TVM cannot import, or the folder exists.
+            of the gate, an operator that TVM cannot import, or the folder cannot or must not be written.
     """
     check_versions()
     path, output = Path(path), Path(output)
     machine = find_target(target)
-    if output.exists() and not force:
-        raise QbbError("the output exists", where=output, expected="a new folder, or --force")
+    folders.check_folder_writable(output, MANIFEST, force=force)
     gate.check(path)
     import tvm
     from tvm.support import cc
@@ -50,25 +50,25 @@ def compile_model(path: str | Path, target: str, output: str | Path, *, force: b
     except Exception as error:  # whatever TVM raises for a description that it does not know
         raise QbbError("TVM refuses the target", where=f"--target {target}", got=str(error).splitlines()[0]) from error
     executable = tvm.compile(module, described)
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    linker = {} if machine.linker is None else {"fcompile": cc.cross_compiler(machine.linker)}
-    executable.export_library(str(temporary / LIBRARY), **linker)
-    known = {value.name for value in graph.initializer}
-    manifest = {
-        "version": MANIFEST_VERSION,
-        "target": {"name": machine.name, **machine.description},
-        "model": {"file": path.name, "sha256": file_sha256(path)},
-        "library": {"file": LIBRARY, "sha256": file_sha256(temporary / LIBRARY)},
-        "tvm": PINNED,
-        "inputs": [_value(value) for value in graph.input if value.name not in known],
-        "outputs": [_value(value) for value in graph.output],
-    }
-    write_whole(temporary / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-    if output.exists():
-        shutil.rmtree(output)
-    temporary.rename(output)
+    scratch = folders.scratch_path(output)
+    folders.make_scratch(scratch)
+    try:
+        linker = {} if machine.linker is None else {"fcompile": cc.cross_compiler(machine.linker)}
+        executable.export_library(str(scratch / LIBRARY), **linker)
+        known = {value.name for value in graph.initializer}
+        manifest = {
+            "version": MANIFEST_VERSION,
+            "target": {"name": machine.name, **machine.description},
+            "model": {"file": path.name, "sha256": file_sha256(path)},
+            "library": {"file": LIBRARY, "sha256": file_sha256(scratch / LIBRARY)},
+            "tvm": PINNED,
+            "inputs": [_value(value) for value in graph.input if value.name not in known],
+            "outputs": [_value(value) for value in graph.output],
+        }
+        write_whole(scratch / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+        folders.commit(scratch, output)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return machine
 
 

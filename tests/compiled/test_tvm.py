@@ -142,8 +142,11 @@ def test_bad_targets_and_output(language_model: Path, folder: Path) -> None:
         compile_model(language_model, "pentium", folder)
     with pytest.raises(QbbError, match="bad target"):
         compile_model(language_model, "{kind", folder)
-    with pytest.raises(QbbError, match="the output exists"):
+    with pytest.raises(QbbError, match=r"output exists already \(--force replaces it\)"):
         compile_model(language_model, "native", folder)
+    with pytest.raises(QbbError, match=r"output folder holds something else; expected manifest\.json in it"):
+        compile_model(language_model, "native", folder.parent, force=True)
+    assert language_model.is_file()
 
 
 def test_bad_feeds(folder: Path) -> None:
