@@ -91,3 +91,7 @@ def test_group_size_of_a_layer():
 def test_errors_are_one_line():
     error = QbbError("cannot\nread", where="a\nb", expected="x", got=ValueError("many\n\n  lines"))
     assert str(error) == "a b: cannot read; expected x; got many lines"
+
+
+def test_errors_do_not_speak_to_the_terminal():
+    assert str(QbbError("no such node", got="\x1b[2J\0\ud800é")) == r"no such node; got \x1b[2J\x00\ud800é"
