@@ -111,7 +111,8 @@ def _check_external(tensor: ir.ExternalTensor, path: Path) -> None:
     where = f"{path}, tensor '{tensor.name}'"
     target = path.parent / location
     bare = not set(location) & set("/\\\0") and location not in ("", ".", "..")
-    if not bare or target.resolve().parent != path.parent.resolve():
+    # realpath and not resolve, which raises where links go in a circle.
+    if not bare or Path(os.path.realpath(target)).parent != path.parent.resolve():
         raise QbbError(
             "external data leaves the model's folder", where=where, expected="a file beside it", got=location
         )
