@@ -84,42 +84,41 @@ def _inputs_present(node: ir.Node, spec: Spec) -> Iterator[Problem]:
         yield "wrong number of outputs", 1, len(node.outputs)
 
 
-def _types(node: ir.Node, spec: Spec) -> Iterator[Problem]:
-    for name, value in zip(_INPUTS, node.inputs, strict=False):
-        if value is not None and value.dtype is not None and value.dtype not in _TYPES[name]:
-            yield f"wrong type of {name}", " or ".join(sorted(t.name for t in _TYPES[name])), value.dtype.name
-
-
-def _shapes(node: ir.Node, spec: Spec) -> Iterator[Problem]:
+def _weights(node: ir.Node, spec: Spec) -> Iterator[Problem]:
     allowed: dict[str, list[tuple[int, ...]]] = {
         "B": [spec.planes_shape],
         "S": [spec.scales_shape],
         "Z": [spec.offset_shape, (1, 1)],
         "C": [(spec.N,), (1,)],
     }
-    for name, value in zip(_INPUTS[1:], node.inputs[1:], strict=False):
-        if value is None:
-            continue
-        tensor = value.const_value
-        if not value.is_initializer() or value.is_graph_input() or tensor is None:
-            yield f"{name} is not constant", "an initializer", value.name
-        elif tuple(tensor.shape.numpy()) not in allowed[name]:
-            yield f"wrong shape of {name}", list(allowed[name][0]), list(tensor.shape.numpy())
+    for (name, shapes), value in zip(allowed.items(), node.inputs[1:], strict=True):
+        constant = value is not None and value.is_initializer() and not value.is_graph_input()
+        tensor = value.const_value if value is not None and constant else None
+        if tensor is None:
+            yield f"{name} is not constant", "an initializer", value and value.name
+        elif tuple(tensor.shape.numpy()) not in shapes:
+            yield f"wrong shape of {name}", list(shapes[0]), list(tensor.shape.numpy())
         elif tensor.dtype not in _TYPES[name]:
-            yield f"wrong type of {name}", " or ".join(sorted(t.name for t in _TYPES[name])), tensor.dtype.name
+            yield f"wrong type of {name}", _either(_TYPES[name]), tensor.dtype.name
 
 
 def _activation(node: ir.Node, spec: Spec) -> Iterator[Problem]:
-    shape = None if not node.inputs or node.inputs[0] is None else node.inputs[0].shape
+    x = node.inputs[0]
+    if x is not None and x.dtype is not None and x.dtype not in _TYPES["X"]:
+        yield "wrong type of X", _either(_TYPES["X"]), x.dtype.name
+    shape = None if x is None else x.shape
     if shape is not None and (len(shape) == 0 or (isinstance(shape[-1], int) and shape[-1] != spec.K)):
         yield "wrong shape of X", f"[..., {spec.K}]", str(shape)
+
+
+def _either(types: frozenset[ir.DataType]) -> str:
+    return " or ".join(sorted(each.name for each in types))
 
 
 # One rule a line; the first problem found is the one reported.
 NODE_RULES: tuple[Callable[[ir.Node, Spec], Iterator[Problem]], ...] = (
     _inputs_present,
-    _types,
-    _shapes,
+    _weights,
     _activation,
 )
 

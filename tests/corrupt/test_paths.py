@@ -21,7 +21,6 @@ from onnx import TensorProto
 
 from qbb_export.errors import QbbError
 from qbb_export.generation.folder import CONFIG, read_config
-from qbb_export.runtimes import gate
 from tests.corrupt import bases
 
 SIZE = 64 * 64 * 4
@@ -237,14 +236,6 @@ def test_nothing_outside_the_folder_is_read(said: dict[str, tuple[Path, list[Any
     assert code == 2 and out == ""
     assert err.startswith(f"error: {file}") and err.count("\n") == 1
     assert re.search(CASES[name][1], err.rstrip()), err
-
-
-def test_a_file_for_another_parser_of_onnx_runtime(tmp_path: Path) -> None:
-    """The suffix makes ONNX Runtime read it with a parser that the gate knows nothing of."""
-    for suffix in (".ort", ".ORT"):
-        path = bases.write("small", tmp_path).rename(tmp_path / f"m{suffix}")
-        with pytest.raises(QbbError, match=rf"wrong suffix; expected an \.onnx file; got {suffix}"):
-            gate.check(path)
 
 
 @pytest.mark.parametrize("name", ["../model.onnx", "/model.onnx", "sub/model.onnx", 7, ["model.onnx"]])

@@ -44,6 +44,36 @@ def test_data_file_bears_its_digest_and_is_aligned(tmp_path):
     assert np.array_equal(tensor.numpy(), WEIGHT)
 
 
+def test_small_tensors_stay_in_the_graph_beside_large_ones(tmp_path):
+    weights = {"w": WEIGHT, "c": np.ones(64, np.float32)}
+    model = graph("g (float[b, 64] x) => (float[b, 64] y) { h = MatMul (x, w) y = Add (h, c) }", weights)
+    artifact.save(model, tmp_path / "m.onnx")
+    read = gate.check(tmp_path / "m.onnx").graph.initializers
+    assert [isinstance(read[name].const_value, ir.ExternalTensor) for name in ("w", "c")] == [True, False]
+    assert all(np.array_equal(read[name].const_value.numpy(), array) for name, array in weights.items())
+
+
+def test_a_data_file_with_two_names_is_refused(tmp_path):
+    artifact.save(tiny(), tmp_path / "m.onnx")
+    os.link(data_file(tmp_path), tmp_path / "second")
+    with pytest.raises(
+        QbbError, match=r"tensor 'w': external data has several names; expected a copy of .*; got 2 hard"
+    ):
+        gate.check(tmp_path / "m.onnx")
+    (tmp_path / "second").unlink()
+    gate.check(tmp_path / "m.onnx")
+
+
+def test_data_files_of_other_programs_have_no_digest(tmp_path):
+    artifact.save(tiny(), tmp_path / "m.onnx")
+    assert artifact.is_sealed(artifact.read_graph(tmp_path / "m.onnx"))
+    proto = onnx.load(tmp_path / "m.onnx", load_external_data=False)
+    data_file(tmp_path).rename(tmp_path / "weights.bin")
+    set_entry(external(proto), "location", "weights.bin")
+    rewrite(proto, tmp_path / "m.onnx")
+    assert not artifact.is_sealed(gate.check(tmp_path / "m.onnx"))
+
+
 def test_saving_over_a_model_leaves_no_old_data(tmp_path):
     artifact.save(tiny(), tmp_path / "m.onnx")
     first = data_file(tmp_path)
@@ -201,6 +231,15 @@ def test_files_that_are_no_models(tmp_path, content):
         gate.check(path)
 
 
+@pytest.mark.parametrize("suffix", [".ort", ".ORT"])
+def test_a_file_for_another_parser_of_onnx_runtime(tmp_path, suffix):
+    """The suffix makes ONNX Runtime read it with a parser that the gate knows nothing of."""
+    artifact.save(tiny(), tmp_path / "m.onnx")
+    (tmp_path / "m.onnx").rename(tmp_path / f"m{suffix}")
+    with pytest.raises(QbbError, match=rf"wrong suffix; expected an \.onnx file; got {suffix}"):
+        gate.check(tmp_path / f"m{suffix}")
+
+
 def test_a_missing_file_and_a_folder(tmp_path):
     with pytest.raises(QbbError, match="no such file"):
         gate.check(tmp_path / "m.onnx")
@@ -340,8 +379,39 @@ def test_damaged_nodes_are_refused_by_name(tmp_path, damage, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_write_permission(tmp_path):
-    tmp_path.chmod(0o500)
+def test_a_graph_of_2_gib_is_refused_unread(tmp_path):
+    with (tmp_path / "m.onnx").open("wb") as file:
+        file.truncate(2**31)  # a hole, no blocks on the disk
+    with pytest.raises(QbbError, match="graph is too large; expected < 2 GiB; got 2147483648 bytes"):
+        gate.check(tmp_path / "m.onnx")
+
+
+def test_weights_in_attributes_are_checked_too(tmp_path):
+    tensor = onnx.TensorProto(name="t", data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="gone.data")
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 20]> g (float[4] x) => (float[4] y) {y = Neg (x)}'
+    )
+    proto.graph.node.append(onnx.helper.make_node("Constant", [], ["c"], value=tensor))
+    rewrite(proto, tmp_path / "m.onnx")
+    with pytest.raises(QbbError, match=r"external data is missing; expected a file gone\.data"):
+        gate.check(tmp_path / "m.onnx")
+
+
+def test_what_onnx_ir_cannot_follow_is_no_model(tmp_path, monkeypatch):
+    """Any of its many exceptions: a damaged file must not show a traceback."""
+    artifact.save(tiny(), tmp_path / "m.onnx")
+
+    def fail(*_):
+        raise RuntimeError("parts that do not fit")
+
+    monkeypatch.setattr("qbb_export.passes.verify.binary_basis_nodes", fail)
+    with pytest.raises(QbbError, match=r"m\.onnx: not an ONNX model; got RuntimeError: parts that do not fit"):
+        gate.check(tmp_path / "m.onnx")
+
+
+def test_a_folder_without_write_permission(tmp_path, monkeypatch):
+    # Root may write anywhere, so the system's answer is made up: what is tested is that it is asked for and told.
+    monkeypatch.setattr(os, "access", lambda path, mode: not (path == tmp_path and mode == os.W_OK))
     with pytest.raises(QbbError, match="not writable"):
         artifact.check_writable(tmp_path / "m.onnx", force=False)
