@@ -81,7 +81,8 @@ def main(how: dict[str, Any]) -> int:
             files = {Path(tensor.path) for tensor in external_tensors(read_graph(path))}
             _limit_memory(sum(file.stat().st_size for file in (path, *files)))
         # The digests are left to the parent: they read every weight, and nothing that they find can crash.
-        ort.session(path, device=how["device"], library=how["library"], mode=how["mode"], check_data=False)
+        device, library, mode = how["device"], how["library"], how["mode"]
+        ort.session(path, device=device, library=library, mode=mode, threads=1, check_data=False)
     except QbbError as error:
         out, code = str(error).encode(errors="replace"), 2
     except MemoryError:

@@ -6,14 +6,18 @@ import json
 import selectors
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Of one input; the slowest sound ones take a tenth of a second on a busy machine.
-HANG_SECONDS = 60.0
+# Of one input; the slowest sound ones take a tenth of a second, but a machine may have much other work.
+HANG_SECONDS = 120.0
+# For the imports of a new child: no input is to blame.
+START_SECONDS = 900.0
 REPO = Path(__file__).resolve().parents[2]
 
 
@@ -34,18 +38,30 @@ class Tally:
     detected: int = 0
     same: int = 0
     changed: list[int] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def count(self, number: int, outcome: str, text: str, detected: bool, same: bool) -> None:
-        self.total += 1
-        self.outcomes[outcome] += 1
-        self.detected += detected
-        self.same += same
-        if not detected and not same:
-            self.changed.append(number)
-        if outcome == "untyped":
-            self.untyped.append((number, text))
-        if outcome == "unclear":
-            self.unclear.append((number, text))
+        """An input that the child came back from."""
+        with self.lock:
+            self.total += 1
+            self.outcomes[outcome] += 1
+            self.detected += detected
+            self.same += same
+            if not detected and not same:
+                self.changed.append(number)
+            if outcome in ("untyped", "unclear"):
+                getattr(self, outcome).append((number, text))
+
+    def lose(self, number: int, how: list[tuple[int, str]], text: str) -> None:
+        """An input that the child did not come back from."""
+        with self.lock:
+            self.total += 1
+            how.append((number, text))
+
+    def summary(self) -> str:
+        """One line, for a log."""
+        counts = {name: len(getattr(self, name)) for name in ("signals", "hangs", "untyped", "unclear", "changed")}
+        return f"{dict(self.outcomes) | counts | {'detected': self.detected, 'same': self.same}}"
 
     def failures(self) -> list[str]:
         kinds = {"signal": self.signals, "hang": self.hangs, "untyped": self.untyped, "unclear": self.unclear}
@@ -53,15 +69,34 @@ class Tally:
 
 
 def run(
-    source: Path, kind: str, numbers: Iterable[int], seed: int, tell: Callable[[int], None] = lambda done: None
+    source: Path,
+    kind: str,
+    numbers: Iterable[int],
+    seed: int,
+    tell: Callable[[int], None] = lambda done: None,
+    workers: int = 1,
 ) -> Tally:
-    """Damage ``source`` in each of the numbered ways and open every result, in one child at a time.
+    """Damage ``source`` in each of the numbered ways and open every result.
 
     A child that dies or hangs is replaced, and the work goes on with the next number.
+
+    Args:
+        source: a sound file.
+        kind: of damage.
+        numbers: of the inputs, see ``damage.damaged``.
+        seed: of the run.
+        tell: called with the number of inputs that are done.
+        workers: children at a time.
     """
-    tally, left = Tally(), list(numbers)
-    while left:
-        left = _one_child(source, kind, left, seed, tally, tell)
+    tally, numbers = Tally(), list(numbers)
+
+    def work(share: list[int]) -> None:
+        while share:
+            share = _one_child(source, kind, share, seed, tally, tell)
+
+    with ThreadPoolExecutor(workers) as threads:
+        for done in [threads.submit(work, numbers[start::workers]) for start in range(workers)]:
+            done.result()
     return tally
 
 
@@ -82,11 +117,12 @@ def _one_child(
     done, current, rest, last = 0, None, b"", time.monotonic()
     try:
         while True:
-            if not selector.select(timeout=HANG_SECONDS) or time.monotonic() - last > HANG_SECONDS:
+            limit = START_SECONDS if current is None and not done else HANG_SECONDS
+            if not selector.select(timeout=limit) or time.monotonic() - last > limit:
                 child.kill()
                 child.wait()
-                assert current is not None, "the child did not start"
-                tally.hangs.append((current, f"more than {HANG_SECONDS:g} s"))
+                assert current is not None, f"the child said nothing for {limit:g} s, and not because of an input"
+                tally.lose(current, tally.hangs, f"more than {HANG_SECONDS:g} s")
                 break
             data = child.stdout.read1(1 << 16)  # type: ignore[attr-defined]
             *lines, rest = (rest + data).split(b"\n")
@@ -103,13 +139,12 @@ def _one_child(
                 if code == 0 and current is None and done == len(numbers):
                     return []
                 assert current is not None, f"the child ended with {code} between two inputs"
-                tally.signals.append((current, f"exit code {code}"))
+                tally.lose(current, tally.signals, f"exit code {code}")
                 break
     finally:
         selector.close()
         child.stdout.close()
         child.kill()
         child.wait()
-    tally.total += 1
     tell(tally.total)
     return numbers[done + 1 :]

@@ -49,7 +49,8 @@ def corrupt(
     folder: Path,
     plan: dict[str, Any],
     seed: int,
-    tell: Callable[[str, int, int], None] = lambda what, done, total: None,
+    tell: Callable[[str, int, int], None] = lambda *_: None,
+    workers: int = 1,
 ) -> dict[str, pool.Tally]:
     tallies = {}
     for name, counts in plan.items():
@@ -61,7 +62,8 @@ def corrupt(
             def report(done: int, what: str = what, total: int = len(numbers)) -> None:
                 tell(what, done, total)
 
-            tallies[what] = pool.run(source, kind, numbers, seed, report)
+            tallies[what] = pool.run(source, kind, numbers, seed, report, workers)
+            tell(f"{what}: {tallies[what].summary()}", len(numbers), len(numbers))
     return tallies
 
 
@@ -110,8 +112,11 @@ def test_every_damaged_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
         def tell(what: str, done: int, total: int) -> None:
             progress.update(task, description=what, completed=done, total=total)
+            if not progress.console.is_terminal and done * 10 // total > (done - 1) * 10 // total:  # a log: every tenth
+                print(f"{what}: {done} of {total}", flush=True)
 
-        tallies = corrupt(tmp_path, EVERYTHING, seed, tell)
+        workers = int(os.environ.get("QBB_SOAK_WORKERS") or os.cpu_count() or 1)
+        tallies = corrupt(tmp_path, EVERYTHING, seed, tell, workers)
         progress.console.print(table(tallies))
     assert sum(tally.total for tally in tallies.values()) >= 42_000
     check(tallies)
