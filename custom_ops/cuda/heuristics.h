@@ -25,6 +25,9 @@ struct Rule {
 
 constexpr int64_t kAnyRows = INT64_MAX;
 
+constexpr int kBulkArch = 90;     // decode_bulk.cuh, from here on
+constexpr int kFewestStages = 3;  // of weights under way, for it to be faster than decode.cuh
+
 constexpr int kAnyArch = 1 << 20;
 
 #if QBB_CUDA_90A

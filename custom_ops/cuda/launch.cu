@@ -6,6 +6,7 @@
 
 #include "cuda/batch.cuh"
 #include "cuda/decode.cuh"
+#include "cuda/decode_bulk.cuh"
 #include "cuda/general.cuh"
 #include "cuda/prompt.cuh"
 
@@ -18,6 +19,14 @@ template <int kBases>
 Kernel decode_kernel(int bits, int step) {
   if (bits == 8) return step == 1 ? decode<kBases, 8, 1> : step == 2 ? decode<kBases, 8, 2> : decode<kBases, 8, 4>;
   return step == 1 ? decode<kBases, 16, 1> : step == 2 ? decode<kBases, 16, 2> : decode<kBases, 16, 4>;
+}
+
+template <int kBases>
+Kernel bulk_kernel(int bits, int step) {
+  if (bits == 8) {
+    return step == 1 ? decode_bulk<kBases, 8, 1> : step == 2 ? decode_bulk<kBases, 8, 2> : decode_bulk<kBases, 8, 4>;
+  }
+  return step == 1 ? decode_bulk<kBases, 16, 1> : decode_bulk<kBases, 16, 2>;
 }
 
 template <class How, int kBases>
@@ -37,6 +46,15 @@ Kernel decode_kernel(int bases, int bits, int step) {
     case 2: return decode_kernel<2>(bits, step);
     case 3: return decode_kernel<3>(bits, step);
     default: return decode_kernel<4>(bits, step);
+  }
+}
+
+Kernel bulk_kernel(int bases, int bits, int step) {
+  switch (bases) {
+    case 1: return bulk_kernel<1>(bits, step);
+    case 2: return bulk_kernel<2>(bits, step);
+    case 3: return bulk_kernel<3>(bits, step);
+    default: return bulk_kernel<4>(bits, step);
   }
 }
 
@@ -121,9 +139,11 @@ cudaError_t reserve(const Weights& w, const Device& device) {
   };
   const auto most = static_cast<size_t>(device.shared_memory);
   for (const int step : {1, 2, 4, 8}) {
-    std::array<Kernel, 5> kernels{batch_kernel<Bytes>(w.bases, step), batch_kernel<Halves<false>>(w.bases, step),
+    std::array<Kernel, 7> kernels{batch_kernel<Bytes>(w.bases, step), batch_kernel<Halves<false>>(w.bases, step),
                                   batch_kernel<Halves<true>>(w.bases, step)};
     if (step < 8) kernels[3] = decode_kernel(w.bases, 8, step), kernels[4] = decode_kernel(w.bases, 16, step);
+    if (step < 8 && device.arch >= kBulkArch) kernels[5] = bulk_kernel(w.bases, 8, step);
+    if (step < 4 && device.arch >= kBulkArch) kernels[6] = bulk_kernel(w.bases, 16, step);
     for (const Kernel kernel : kernels) {
       const cudaError_t status = kernel == nullptr ? cudaSuccess : allow(kernel, most);
       if (status != cudaSuccess) return status;
@@ -148,6 +168,19 @@ cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, 
     cudaError_t status = cudaSuccess;
     if (rule.path == Path::kDecode) {
       const int bits = integer ? 8 : 16;
+      const bool offset = w.offset != nullptr;
+      const int stages = device.arch < kBulkArch
+                             ? 0
+                             : bulk_stages(w.words, w.bases, offset, bits, rule.step, device.shared_memory);
+      if (stages >= kFewestStages) {
+        Rows staged = part;
+        staged.block = stages;
+        const int blocks = bulk_blocks(w.words, tiles, stages, device.multiprocessors);
+        status = start(bulk_kernel(w.bases, bits, rule.step), dim3(blocks), kBulkThreads,
+                       bulk_memory(w.words, w.bases, offset, bits, rule.step, stages), w, staged, device, stream);
+        if (status != cudaSuccess) return status;
+        continue;
+      }
       status = start(decode_kernel(w.bases, bits, rule.step), dim3(std::min(tiles, device.multiprocessors)),
                      kDecodeWarps * 32, decode_memory(w.words, w.bases, bits, rule.step), w, part, device, stream);
     } else if (rule.path == Path::kBatch || rule.path == Path::kBytes) {

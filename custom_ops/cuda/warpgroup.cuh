@@ -1,8 +1,9 @@
-// Hopper's warpgroup products and what goes with them: barriers in shared memory, moving registers between warpgroups.
+// Hopper's warpgroup products and what goes with them: moving registers between warpgroups.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda/barriers.cuh"
 #include "cuda/weights.h"
 
 // Whether this pass compiles Hopper's own instructions: the host's pass does, too, or it would not know the kernel.
@@ -16,35 +17,8 @@
 
 namespace qbb::cuda {
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-__device__ __forceinline__ void init_barrier(uint64_t* barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count));
-}
-
-// Barriers that were made can be used by all.
-__device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-
 // What was stored in shared memory, as far as this thread knows of it, can be read by products that it starts.
 __device__ __forceinline__ void show_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-__device__ __forceinline__ void arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-__device__ __forceinline__ void wait_for(uint64_t* barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
 
 // 16 bytes to shared memory while the thread goes on; zeros unless `real`.
 __device__ __forceinline__ void copy_piece(uint32_t to, const void* from, bool real) {

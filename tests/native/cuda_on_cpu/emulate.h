@@ -40,6 +40,18 @@ struct Meeting {
   int expected = 0, arrived = 0, number = 0;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
+struct Barrier {
+  Meeting meeting;
+  int64_t bytes = 0;  // of copies, still to come
+  std::vector<Copy> copies;
+};
+
 struct Warp {
   Meeting meeting{kLanes};
   Shown shown[2] = {};
@@ -56,8 +68,8 @@ struct State {
   dim3 block{}, grid{};
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  Meeting everybody;
-  std::map<const void*, Meeting> barriers;
+  Meeting everybody, first;
+  std::map<const void*, Barrier> barriers;
   std::unique_ptr<char[]> memory;
   char* memory_start = nullptr;
   size_t current = 0;
@@ -119,6 +131,7 @@ inline bool run(dim3 grid, int threads, size_t memory, const std::function<void(
       std::memset(s.memory.get(), 0xff, memory + 1024);  // NaN: nobody may count on zeros
       s.warps.assign(static_cast<size_t>(threads / kLanes), Warp{});
       s.everybody = Meeting{threads};
+      s.first = Meeting{};
       s.barriers.clear();
       for (size_t i = 0; i < s.fibers.size(); ++i) {
         Fiber& fiber = s.fibers[i];

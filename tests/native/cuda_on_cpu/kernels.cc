@@ -3,6 +3,7 @@
 
 #include "cuda/batch.cuh"
 #include "cuda/decode.cuh"
+#include "cuda/decode_bulk.cuh"
 #include "cuda/general.cuh"
 #include "cuda/prompt.cuh"
 
@@ -18,6 +19,14 @@ Kernel decode_of(int bits, int step) {
   return step == 1 ? decode<kBases, 16, 1> : step == 2 ? decode<kBases, 16, 2> : decode<kBases, 16, 4>;
 }
 
+template <int kBases>
+Kernel bulk_of(int bits, int step) {
+  if (bits == 8) {
+    return step == 1 ? decode_bulk<kBases, 8, 1> : step == 2 ? decode_bulk<kBases, 8, 2> : decode_bulk<kBases, 8, 4>;
+  }
+  return step == 1 ? decode_bulk<kBases, 16, 1> : decode_bulk<kBases, 16, 2>;
+}
+
 template <class How, int kBases>
 Kernel batch_of(int columns) {
   if constexpr (!std::is_same_v<How, Bytes>) {
@@ -28,7 +37,8 @@ Kernel batch_of(int columns) {
 
 }  // namespace
 
-// path: 0 decode (option: 100 * bits + rows), 1 batch (option: columns), 2 prompt (option: rows), 3 general, 4 bytes (columns).
+// path: 0 decode (option: 100 * bits + rows), 1 batch (option: columns), 2 prompt (option: rows), 3 general, 4 bytes (columns), 5 decode_bulk
+// (100 * bits + rows).
 // Returns 0, 1 if threads wait for each other for ever, 2 for an unknown kernel.
 extern "C" int run_on_cpu(int path, int option, int blocks, const Weights* w, const Rows* rows) {
   Kernel kernel = nullptr;
@@ -39,6 +49,7 @@ extern "C" int run_on_cpu(int path, int option, int blocks, const Weights* w, co
   const auto pick = [&](auto bases) {
     constexpr int kBases = decltype(bases)::value;
     if (path == 0) kernel = decode_of<kBases>(option / 100, option % 100);
+    if (path == 5) kernel = bulk_of<kBases>(option / 100, option % 100);
     if (path == 1) kernel = rows->type == kBFloat16 ? batch_of<Halves<true>, kBases>(option) : batch_of<Halves<false>, kBases>(option);
     if (path == 4) kernel = batch_of<Bytes, kBases>(option);
     if (path == 2) kernel = option == 128 ? prompt<kBases, 128> : prompt<kBases, 256>;
@@ -53,6 +64,11 @@ extern "C" int run_on_cpu(int path, int option, int blocks, const Weights* w, co
   if (path == 0) {
     threads = kDecodeWarps * 32;
     memory = decode_memory(w->words, w->bases, option / 100, option % 100);
+  } else if (path == 5) {
+    threads = kBulkThreads;
+    const bool offset = w->offset != nullptr;
+    if (operands.block == 0) operands.block = bulk_stages(w->words, w->bases, offset, option / 100, option % 100, 227 << 10);
+    memory = bulk_memory(w->words, w->bases, offset, option / 100, option % 100, operands.block);
   } else if (path == 1 || path == 4) {
     threads = kBatchWarps * 32;
     if (operands.block == 0) operands.block = batch_block(w->words, w->bases, option * kColumn, 227 << 10);

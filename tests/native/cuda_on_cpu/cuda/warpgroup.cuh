@@ -1,31 +1,14 @@
 // custom_ops/cuda/warpgroup.cuh for emulate.h. Products happen at once, so what is forgotten to be waited for is not found.
 #pragma once
 
+#include "cuda/barriers.cuh"
 #include "cuda/instructions.cuh"
 
 #define QBB_WARPGROUP_PRODUCTS 1
 
 namespace qbb::cuda {
 
-inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(static_cast<const char*>(p) - emulate::state().memory_start);
-}
-
-inline void init_barrier(uint64_t* barrier, int count) { emulate::state().barriers[barrier] = emulate::Meeting{count}; }
-inline void show_barriers() {}
 inline void show_stores() {}
-
-inline void arrive(uint64_t* barrier) {
-  emulate::Meeting& m = emulate::state().barriers.at(barrier);
-  if (++m.arrived == m.expected) {
-    m.arrived = 0;
-    ++m.number;
-  }
-}
-
-inline void wait_for(uint64_t* barrier, int parity) {
-  while (emulate::state().barriers.at(barrier).number % 2 == parity) emulate::let_others_run();
-}
 
 // Copies happen when they are waited for, not before: that is what a kernel may count on.
 struct Copy {
