@@ -38,6 +38,21 @@ __device__ __forceinline__ float max_of_lanes(float v) {
 #endif
 }
 
+// Bytes of b:a by the nibbles of the lower half of `selector`, which are at most 7. __byte_perm would see to that itself.
+__device__ __forceinline__ uint32_t look_up_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
+  return bytes;
+}
+
+// Bits of `a` where the mask has 1, of `b` elsewhere. Written as C++, it becomes two instructions.
+template <uint32_t kMask>
+__device__ __forceinline__ uint32_t choose_bits(uint32_t a, uint32_t b) {
+  uint32_t bits;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(bits) : "r"(a), "r"(b), "n"(kMask));
+  return bits;
+}
+
 // The kernel before this one in the stream has ended, and its results can be seen. What does not depend on them may be
 // read earlier. Does nothing unless the launch allows an early start.
 __device__ __forceinline__ void wait_for_previous_kernel() {

@@ -1,0 +1,117 @@
+// Shared memory of cluster.cuh, and what brings X and weights there.
+#pragma once
+
+#include "cuda/cluster_products.cuh"
+
+namespace qbb::cuda {
+
+constexpr int kClusterTiles = 4;      // of 16 outputs: one for each warp of a warpgroup; together a set
+constexpr int kMostBlocks = 8;        // of a cluster
+constexpr int kWarpgroupThreads = 128;
+
+// What was found to be fast, and may be changed.
+template <int kWarpgroupsOfPlan, int kStagesOfPlan, int kPieceOfPlan, int kBlocksOfPlan>
+struct ClusterPlan {
+  static constexpr int kWarpgroups = kWarpgroupsOfPlan;  // that multiply; one more copies weights
+  static constexpr int kStages = kStagesOfPlan;          // pieces of weights on their way or in use
+  static constexpr int kPiece = kPieceOfPlan;            // chunks of a piece
+  static constexpr int kBlocks = kBlocksOfPlan;          // that fit a multiprocessor
+  static constexpr int kMultiply = kWarpgroups * kWarpgroupThreads, kThreads = kMultiply + kWarpgroupThreads;
+  // Registers of a thread that copies, and of one that multiplies.
+  static constexpr int kFew = kBlocks == 1 ? 56 : 24;
+  static constexpr int kMany = (65536 / kBlocks - kWarpgroupThreads * kFew) / kMultiply / 8 * 8;
+  static_assert(kPiece % 2 == 0 && kWarpgroups <= kStages, "");
+};
+
+// Bytes: X [chunks of a block][...], see cluster_products.cuh; stages; sums of all warpgroups of the cluster, twice; levels
+// of each warp; numbers [chunks][kTokens] of X; barriers. A stage: words [kBases][4 tiles][kPiece][4][16], float16 scales
+// [kBases][4][kPiece][16], offsets [4][kPiece][16].
+template <int kTokens, int kBases, class Plan>
+struct ClusterMemory {
+  static constexpr int kChunkBytes = kTokens * kChunk * 2;
+  static constexpr int kTileWords = Plan::kPiece * kChunkWords * QBB_TILE_ROWS * 4;
+  static constexpr int kTileScales = Plan::kPiece * QBB_TILE_ROWS * 2;
+  static constexpr int kTileOffsets = Plan::kPiece * QBB_TILE_ROWS * 4;
+  static constexpr int kScales = kBases * kClusterTiles * kTileWords;              // where they begin
+  static constexpr int kOffsets = kScales + kBases * kClusterTiles * kTileScales;
+  static constexpr int kStage = kOffsets + kClusterTiles * kTileOffsets;
+  static constexpr int kSums = Plan::kMultiply * kTokens / 2 * 4;
+  static constexpr int kLevels = Plan::kWarpgroups * kClusterTiles * Plan::kPiece * QBB_TILE_ROWS * 16;
+  static constexpr int kFixed = Plan::kStages * kStage + 2 * kSums + kLevels + (2 * Plan::kStages + 2) * 8;
+  static constexpr int kAlign = 1024;
+
+  // Of `block` chunks of X.
+  static __host__ __device__ constexpr int64_t bytes(int block) {
+    return int64_t{block} * (kChunkBytes + kTokens * 8) + kFixed + kAlign;
+  }
+};
+
+// The chunks of a block: whole pieces, so that X is 0 where the last one has no more weights.
+template <class Plan>
+__host__ __device__ constexpr int cluster_block(int words, int cluster) {
+  const int chunks = (words + kChunkWords - 1) / kChunkWords, each = (chunks + cluster - 1) / cluster;
+  return (each + Plan::kPiece - 1) / Plan::kPiece * Plan::kPiece;
+}
+
+#if QBB_WARPGROUP_PRODUCTS
+
+// A piece of a set's weights on its way to `to`. All lanes of a warp take part.
+template <class Memory, int kBases>
+__device__ __forceinline__ void copy_set(char* to, uint64_t* full, const Weights& w, int first_tile, int first, int end,
+                                         int lane) {
+  const int words = min(end * kChunkWords, w.words) - first * kChunkWords;
+  const int from_group = min(first >> w.group_shift, w.groups - 1);
+  const int groups = min((end - 1) >> w.group_shift, w.groups - 1) - from_group + 1;
+  const uint32_t word_bytes = static_cast<uint32_t>(words * QBB_TILE_ROWS * 4);
+  const uint32_t scale_bytes = static_cast<uint32_t>(groups * QBB_TILE_ROWS * 2);
+  if (lane == 0) {
+    const uint32_t offset_bytes = w.offset == nullptr ? 0 : 2 * scale_bytes;
+    arrive_expecting(full, kClusterTiles * (kBases * (word_bytes + scale_bytes) + offset_bytes));
+  }
+  __syncwarp();
+  const int basis = lane / kClusterTiles, own = lane % kClusterTiles, tile = min(first_tile + own, w.tiles - 1);
+  const int64_t group = static_cast<int64_t>(tile) * w.groups + from_group;
+  if (basis < kBases) {
+    copy_bulk(to + lane * Memory::kTileWords,
+              reinterpret_cast<const char*>(w.planes) + basis * w.plane_bytes +
+                  static_cast<int64_t>(tile) * w.tile_bytes + first * (kChunkWords * QBB_TILE_ROWS * 4),
+              word_bytes, full);
+    copy_bulk(to + Memory::kScales + lane * Memory::kTileScales,
+              static_cast<const char*>(w.scales) + basis * w.scale_bytes + group * (QBB_TILE_ROWS * 2), scale_bytes, full);
+  } else if (basis == kBases && w.offset != nullptr) {
+    copy_bulk(to + Memory::kOffsets + own * Memory::kTileOffsets,
+              reinterpret_cast<const char*>(w.offset) + group * (QBB_TILE_ROWS * 4), 2 * scale_bytes, full);
+  }
+}
+
+// Rows row .. row + kTokens of X, chunks first .. end, as products want them; then zeros up to `block` chunks.
+template <class How, int kBases, int kThreads>
+__device__ __forceinline__ void stage_rows(char* to, float2* numbers, const Weights& w, const Rows& rows, int row, int first,
+                                           int end, int block, int thread) {
+  constexpr int kTokens = How::kTokens, kRaw = How::kRawPieces;
+  const bool aligned = w.K % (rows.type == kFloat32 ? 4 : 8) == 0 && reinterpret_cast<uintptr_t>(rows.x) % 16 == 0;
+  const int here = min(rows.M - row, kTokens), items = block * kTokens * kChunkWords;
+  const auto load = [&](uint4 (&raw)[kRaw], int i) {
+    const int token = i / kChunkWords % kTokens, chunk = first + i / kChunkWords / kTokens;
+#pragma unroll
+    for (int v = 0; v < kRaw; ++v) raw[v] = make_uint4(0, 0, 0, 0);
+    if (token < here && chunk < end) {
+      How::load(raw, rows, row + token, chunk * kChunk + i % kChunkWords * QBB_WORD_BITS, w.K, aligned);
+    }
+  };
+  uint4 raw[kRaw];
+  if (thread < items) load(raw, thread);
+  for (int i = thread; i < items; i += kThreads) {
+    uint4 now[kRaw];
+#pragma unroll
+    for (int v = 0; v < kRaw; ++v) now[v] = raw[v];
+    if (i + kThreads < items) load(raw, i + kThreads);
+    const int place = i / kChunkWords, chunk = place / kTokens;
+    How::template stage<kBases>(to + chunk * kTokens * kChunk * 2, numbers + place, now, rows.type, place % kTokens,
+                                i % kChunkWords);
+  }
+}
+
+#endif
+
+}  // namespace qbb::cuda
