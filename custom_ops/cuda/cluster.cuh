@@ -16,14 +16,12 @@ template <class How, int kBases, class Plan>
 __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks) cluster(const Weights w, const Rows rows) {
 #if QBB_WARPGROUP_PRODUCTS
   constexpr int kTokens = How::kTokens, kColumns = kTokens / kColumn, kParts = parts_of(kBases);
-  using Memory = ClusterMemory<kTokens, kBases, Plan>;
-  char* x = reinterpret_cast<char*>(block_memory());
-  x += (Memory::kAlign - shared_address(x) % Memory::kAlign) % Memory::kAlign;
-  char* stages = x + rows.block * Memory::kChunkBytes;
-  char* received = stages + Plan::kStages * Memory::kStage;
-  char* levels = received + 2 * Memory::kSums;
-  auto* numbers = reinterpret_cast<float2*>(levels + Memory::kLevels);
-  auto* full = reinterpret_cast<uint64_t*>(numbers + rows.block * kTokens);
+  using Memory = ClusterMemory<How, kBases, Plan>;
+  char* stages = reinterpret_cast<char*>(block_memory());
+  stages += (Memory::kAlign - shared_address(stages) % Memory::kAlign) % Memory::kAlign;
+  char *received = stages + Memory::kSums, *x = stages + Memory::kX;
+  auto* numbers = reinterpret_cast<float2*>(x + rows.block * Memory::kChunkBytes);
+  auto* full = reinterpret_cast<uint64_t*>(stages + Memory::kBarriers);
   uint64_t *empty = full + Plan::kStages, *arrived = empty + Plan::kStages;  // arrived[2]: sums
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int blocks = cluster_size(), rank = cluster_rank();
@@ -75,7 +73,7 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks) cluster(const W
   const auto of_warp = [](int v) { return static_cast<int>(__shfl_sync(kAllLanes, static_cast<uint32_t>(v), 0)); };
   const int warpgroup = of_warp(thread / kWarpgroupThreads), tile = of_warp(thread / 32 % kClusterTiles);
   const int own = thread % kWarpgroupThreads, t = lane % 4;
-  auto* tables = reinterpret_cast<uint4*>(levels) + thread / 32 * Plan::kPiece * QBB_TILE_ROWS;
+  auto* tables = reinterpret_cast<uint4*>(stages + Memory::kLevels) + thread / 32 * Plan::kPiece * QBB_TILE_ROWS;
   const auto inverse_of = [](float unit) { return unit > 0.0f ? 1.0f / unit : 0.0f; };
   const auto row_of = [&](int set, int r) { return min(set * kClusterTiles + tile, w.tiles - 1) * QBB_TILE_ROWS + r; };
 
@@ -87,7 +85,7 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks) cluster(const W
     const bool one = out < w.N, two = out + 1 < w.N, bias = w.bias != nullptr;
     const float2 factor = make_float2(one ? How::unit_of(w, out) : 0.0f, two ? How::unit_of(w, out + 1) : 0.0f);
     const float2 base = make_float2(bias && one ? w.bias[out] : 0.0f, bias && two ? w.bias[out + 1] : 0.0f);
-    const auto* sums = reinterpret_cast<const float4*>(received + count % 2 * Memory::kSums);
+    const auto* sums = reinterpret_cast<const float4*>(received + count % 2 * Memory::kSumBytes);
     wait_for_blocks(&arrived[count % 2], count / 2 % 2);
     for (int i = thread; i < items; i += Plan::kMultiply) {
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -221,7 +219,7 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks) cluster(const W
       unread -= pieces;
       if (count > 0) finish(last_row, last_set, count - 1);
       // Sums to those who add them up. Their memory is free: all have finished the set before the last one.
-      const uint32_t to = address_in_block(received + count % 2 * Memory::kSums, own / share);
+      const uint32_t to = address_in_block(received + count % 2 * Memory::kSumBytes, own / share);
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
         const int place = ((rank * Plan::kWarpgroups + warpgroup) * kColumns + n) * share + own % share;

@@ -8,8 +8,6 @@
 #include "cuda/halves.cuh"
 #include "cuda/warpgroup.cuh"
 
-#if QBB_WARPGROUP_PRODUCTS
-
 namespace qbb::cuda {
 
 // A look-up has eight entries, so four bases are two matrices.
@@ -86,7 +84,7 @@ struct ByteProducts {
       for (int j = 0; j < 2; ++j) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const uint32_t selector = codes[part][r][2 * half + j] >> 16 * h;
+          const uint32_t code = codes[part][r][2 * half + j], selector = h == 0 ? code : shift_right<16>(code);
           a[2 * j][r + 2 * h] = look_up_bytes(table.y, kEight ? table.w : 0, selector);
           a[2 * j + 1][r + 2 * h] = look_up_bytes(table.x, kEight ? table.z : 0, selector);
         }
@@ -94,6 +92,7 @@ struct ByteProducts {
     }
   }
 
+#if QBB_WARPGROUP_PRODUCTS
   // kFirst: of a chunk.
   template <bool kFirst>
   static __device__ __forceinline__ void start(OfChunk& c, const uint32_t (&a)[4][4], uint64_t x, int set) {
@@ -109,6 +108,7 @@ struct ByteProducts {
       }
     }
   }
+#endif
 
   // `z`: offsets of rows 2g and 2g + 1, divided by the units of these rows.
   template <int kBases>
@@ -205,6 +205,7 @@ struct HalfProducts {
     }
   }
 
+#if QBB_WARPGROUP_PRODUCTS
   template <bool kFirst>
   static __device__ __forceinline__ void start(OfChunk& c, const uint32_t (&a)[4][4], uint64_t x, int set) {
 #pragma unroll
@@ -217,6 +218,7 @@ struct HalfProducts {
       }
     }
   }
+#endif
 
   template <int kBases>
   static __device__ __forceinline__ void add(float (&sums)[kTokens / 2], const OfChunk& c, float2, const float2* numbers,
@@ -231,5 +233,3 @@ struct HalfProducts {
 };
 
 }  // namespace qbb::cuda
-
-#endif

@@ -18,31 +18,38 @@ struct ClusterPlan {
   static constexpr int kBlocks = kBlocksOfPlan;          // that fit a multiprocessor
   static constexpr int kMultiply = kWarpgroups * kWarpgroupThreads, kThreads = kMultiply + kWarpgroupThreads;
   // Registers of a thread that copies, and of one that multiplies.
-  static constexpr int kFew = kBlocks == 1 ? 56 : 24;
+  static constexpr int kFew = kBlocks == 1 ? 56 : 40;
   static constexpr int kMany = (65536 / kBlocks - kWarpgroupThreads * kFew) / kMultiply / 8 * 8;
   static_assert(kPiece % 2 == 0 && kWarpgroups <= kStages, "");
 };
 
-// Bytes: X [chunks of a block][...], see cluster_products.cuh; stages; sums of all warpgroups of the cluster, twice; levels
-// of each warp; numbers [chunks][kTokens] of X; barriers. A stage: words [kBases][4 tiles][kPiece][4][16], float16 scales
-// [kBases][4][kPiece][16], offsets [4][kPiece][16].
-template <int kTokens, int kBases, class Plan>
+// For `cluster` as it is launched: as many stages as leave room for X.
+template <int kTokens, int kBases>
+using UsualPlan = ClusterPlan<2, kTokens < 64 ? 8 : kBases < 4 ? 4 : 3, 2, 1>;
+
+// Where things are, in bytes: stages; sums of all warpgroups of the cluster, twice; levels of each warp; barriers; X
+// [chunks of a block][...], see cluster_products.cuh; numbers [chunks][kTokens] of X, if any. A stage: words
+// [kBases][4 tiles][kPiece][4][16], float16 scales [kBases][4][kPiece][16], offsets [4][kPiece][16].
+template <class How, int kBases, class Plan>
 struct ClusterMemory {
+  static constexpr int kTokens = How::kTokens;
   static constexpr int kChunkBytes = kTokens * kChunk * 2;
   static constexpr int kTileWords = Plan::kPiece * kChunkWords * QBB_TILE_ROWS * 4;
   static constexpr int kTileScales = Plan::kPiece * QBB_TILE_ROWS * 2;
   static constexpr int kTileOffsets = Plan::kPiece * QBB_TILE_ROWS * 4;
-  static constexpr int kScales = kBases * kClusterTiles * kTileWords;              // where they begin
+  static constexpr int kScales = kBases * kClusterTiles * kTileWords;  // in a stage
   static constexpr int kOffsets = kScales + kBases * kClusterTiles * kTileScales;
   static constexpr int kStage = kOffsets + kClusterTiles * kTileOffsets;
-  static constexpr int kSums = Plan::kMultiply * kTokens / 2 * 4;
-  static constexpr int kLevels = Plan::kWarpgroups * kClusterTiles * Plan::kPiece * QBB_TILE_ROWS * 16;
-  static constexpr int kFixed = Plan::kStages * kStage + 2 * kSums + kLevels + (2 * Plan::kStages + 2) * 8;
+  static constexpr int kSumBytes = Plan::kMultiply * kTokens / 2 * 4;
+  static constexpr int kSums = Plan::kStages * kStage;
+  static constexpr int kLevels = kSums + 2 * kSumBytes;
+  static constexpr int kBarriers = kLevels + Plan::kWarpgroups * kClusterTiles * Plan::kPiece * QBB_TILE_ROWS * 16;
   static constexpr int kAlign = 1024;
+  static constexpr int kX = (kBarriers + (2 * Plan::kStages + 2) * 8 + kAlign - 1) / kAlign * kAlign;
 
-  // Of `block` chunks of X.
+  // Of `block` chunks of X, and room to align all.
   static __host__ __device__ constexpr int64_t bytes(int block) {
-    return int64_t{block} * (kChunkBytes + kTokens * 8) + kFixed + kAlign;
+    return kX + int64_t{block} * (kChunkBytes + (How::kNumbers ? kTokens * 8 : 0)) + kAlign;
   }
 };
 

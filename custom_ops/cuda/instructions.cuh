@@ -9,6 +9,10 @@
 
 #include "cuda/weights.h"
 
+#ifndef QBB_SHIFT_BY_PRODUCT
+#define QBB_SHIFT_BY_PRODUCT 0
+#endif
+
 namespace qbb::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -51,6 +55,18 @@ __device__ __forceinline__ uint32_t choose_bits(uint32_t a, uint32_t b) {
   uint32_t bits;
   asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(bits) : "r"(a), "r"(b), "n"(kMask));
   return bits;
+}
+
+// v >> kBits. Multiplication has a pipe of its own, where shifts wait for look-ups.
+template <int kBits>
+__device__ __forceinline__ uint32_t shift_right(uint32_t v) {
+#if QBB_SHIFT_BY_PRODUCT
+  uint32_t high;
+  asm("mul.hi.u32 %0, %1, %2;" : "=r"(high) : "r"(v), "n"(1u << (32 - kBits)));
+  return high;
+#else
+  return v >> kBits;
+#endif
 }
 
 // The kernel before this one in the stream has ended, and its results can be seen. What does not depend on them may be

@@ -59,7 +59,7 @@ __device__ __forceinline__ uint32_t codes(const uint32_t (&words)[kBases], int i
 // The weights of step 2i + h as two pairs.
 template <int kBases>
 __device__ __forceinline__ void look_up(uint32_t& first, uint32_t& second, const Levels& levels, uint32_t code, int h) {
-  const uint32_t selector = h == 0 ? code : code >> 16;
+  const uint32_t selector = h == 0 ? code : shift_right<16>(code);
   const uint32_t low = look_up_bytes(levels.low[0], kBases > 2 ? levels.low[1] : 0, selector);
   const uint32_t high = look_up_bytes(levels.high[0], kBases > 2 ? levels.high[1] : 0, selector);
   first = __byte_perm(low, high, 0x5140);
@@ -115,18 +115,18 @@ __device__ __forceinline__ void all_codes(uint32_t (&to)[4], const uint32_t* wor
     return;
   }
   constexpr uint32_t kOne = 0x55555555u, kTwo = 0x33333333u;
-  const uint32_t even = choose_bits<kOne>(words[0], words[1] << 1), odd = choose_bits<kOne>(words[0] >> 1, words[1]);
+  const uint32_t even = choose_bits<kOne>(words[0], words[1] << 1), odd = choose_bits<kOne>(shift_right<1>(words[0]), words[1]);
   if constexpr (kBases == 2) {
     to[0] = even & kTwo;
     to[1] = odd & kTwo;
-    to[2] = (even >> 2) & kTwo;
-    to[3] = (odd >> 2) & kTwo;
+    to[2] = shift_right<2>(even) & kTwo;
+    to[3] = shift_right<2>(odd) & kTwo;
   } else {
-    const uint32_t top_even = words[2] & kOne, top_odd = (words[2] >> 1) & kOne;
+    const uint32_t top_even = words[2] & kOne, top_odd = shift_right<1>(words[2]) & kOne;
     to[0] = choose_bits<kTwo>(even, top_even << 2);
     to[1] = choose_bits<kTwo>(odd, top_odd << 2);
-    to[2] = choose_bits<kTwo>(even >> 2, top_even);
-    to[3] = choose_bits<kTwo>(odd >> 2, top_odd);
+    to[2] = choose_bits<kTwo>(shift_right<2>(even), top_even);
+    to[3] = choose_bits<kTwo>(shift_right<2>(odd), top_odd);
   }
 }
 

@@ -31,7 +31,7 @@ template <class How, int kBases, class Plan>
 Kernel cluster_of(const Weights& w, unsigned blocks, int& threads, size_t& memory, Rows& rows) {
   threads = Plan::kThreads;
   rows.block = cluster_block<Plan>(w.words, static_cast<int>(blocks));
-  memory = static_cast<size_t>(ClusterMemory<How::kTokens, kBases, Plan>::bytes(rows.block));
+  memory = static_cast<size_t>(ClusterMemory<How, kBases, Plan>::bytes(rows.block));
   return cluster<How, kBases, Plan>;
 }
 

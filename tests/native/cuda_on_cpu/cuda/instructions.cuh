@@ -33,6 +33,11 @@ inline uint32_t choose_bits(uint32_t a, uint32_t b) {
   return (a & kMask) | (b & ~kMask);
 }
 
+template <int kBits>
+inline uint32_t shift_right(uint32_t v) {
+  return v >> kBits;
+}
+
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
 
