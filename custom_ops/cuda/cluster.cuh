@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks) cluster(const W
   enter_cluster();
 
   if (thread >= Plan::kMultiply) {
-    give_registers<Plan::kFew>();
+    if constexpr (Plan::kExchange) give_registers<Plan::kFew>();
     int stage = 0, parity = 1, count = 0;
     if (thread >= Plan::kMultiply + 32) {
       wait_for_cluster();
@@ -51,12 +51,13 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks) cluster(const W
     }
     for (int row = 0; row < rows.M; row += kTokens) {
       for (int set = first_set; set < sets; set += clusters) {
+        const SetCopy<Memory, kBases> copy(w, set, lane);
+#pragma unroll 1
         for (int piece = 0; piece < pieces; ++piece, ++count) {
           if (count == Plan::kStages) wait_for_cluster();
           if (count >= Plan::kStages) wait_for(&empty[stage], parity);
           const int from = first + piece * Plan::kPiece;
-          copy_set<Memory, kBases>(stages + stage * Memory::kStage, &full[stage], w, set * kClusterTiles, from,
-                                   min(from + Plan::kPiece, end), lane);
+          copy.start(stages + stage * Memory::kStage, &full[stage], w, from, min(from + Plan::kPiece, end), lane);
           if (++stage == Plan::kStages) {
             stage = 0;
             parity ^= 1;
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks) cluster(const W
     if (count <= Plan::kStages) wait_for_cluster();
     return;
   }
-  take_registers<(Plan::kMany < 240 ? Plan::kMany : 240)>();
+  if constexpr (Plan::kExchange) take_registers<Plan::kMany>();
 
   // The same for all lanes, and the compiler has to know it: what products need of it then takes no vector instructions.
   const auto of_warp = [](int v) { return static_cast<int>(__shfl_sync(kAllLanes, static_cast<uint32_t>(v), 0)); };

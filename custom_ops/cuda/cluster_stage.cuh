@@ -17,9 +17,10 @@ struct ClusterPlan {
   static constexpr int kPiece = kPieceOfPlan;            // chunks of a piece
   static constexpr int kBlocks = kBlocksOfPlan;          // that fit a multiprocessor
   static constexpr int kMultiply = kWarpgroups * kWarpgroupThreads, kThreads = kMultiply + kWarpgroupThreads;
-  // Registers of a thread that copies, and of one that multiplies.
-  static constexpr int kFew = kBlocks == 1 ? 56 : 40;
-  static constexpr int kMany = (65536 / kBlocks - kWarpgroupThreads * kFew) / kMultiply / 8 * 8;
+  // Registers of a thread: at first, of one that copies, of one that multiplies. They are exchanged where that gains some.
+  static constexpr int kEqual = 65536 / kBlocks / kThreads / 8 * 8, kFew = kBlocks == 1 ? 56 : 32;
+  static constexpr int kMany = (kEqual * kThreads - kFew * kWarpgroupThreads) / kMultiply / 8 * 8;
+  static constexpr bool kExchange = kEqual < kMany && kMany <= 240;
   static_assert(kPiece % 2 == 0 && kWarpgroups <= kStages, "");
 };
 
@@ -62,34 +63,42 @@ __host__ __device__ constexpr int cluster_block(int words, int cluster) {
 
 #if QBB_WARPGROUP_PRODUCTS
 
-// A piece of a set's weights on its way to `to`. All lanes of a warp take part.
+// Copies weights of a set, a piece at a time. A lane has a tile of a basis, words and scales; four more have offsets.
 template <class Memory, int kBases>
-__device__ __forceinline__ void copy_set(char* to, uint64_t* full, const Weights& w, int first_tile, int first, int end,
-                                         int lane) {
-  const int words = min(end * kChunkWords, w.words) - first * kChunkWords;
-  const int from_group = min(first >> w.group_shift, w.groups - 1);
-  const int groups = min((end - 1) >> w.group_shift, w.groups - 1) - from_group + 1;
-  const uint32_t word_bytes = static_cast<uint32_t>(words * QBB_TILE_ROWS * 4);
-  const uint32_t scale_bytes = static_cast<uint32_t>(groups * QBB_TILE_ROWS * 2);
-  if (lane == 0) {
-    const uint32_t offset_bytes = w.offset == nullptr ? 0 : 2 * scale_bytes;
-    arrive_expecting(full, kClusterTiles * (kBases * (word_bytes + scale_bytes) + offset_bytes));
+struct SetCopy {
+  const char *words, *groups;  // of the lane's tile
+  int group_bytes;             // 0 for lanes without work
+  bool has_words;
+
+  static constexpr int kWordBytes = QBB_TILE_ROWS * 4, kScaleBytes = QBB_TILE_ROWS * 2, kOffsetBytes = QBB_TILE_ROWS * 4;
+
+  __device__ __forceinline__ SetCopy(const Weights& w, int set, int lane) {
+    const int basis = lane / kClusterTiles, tile = min(set * kClusterTiles + lane % kClusterTiles, w.tiles - 1);
+    has_words = basis < kBases;
+    group_bytes = has_words ? kScaleBytes : basis == kBases && w.offset != nullptr ? kOffsetBytes : 0;
+    words = reinterpret_cast<const char*>(w.planes) + basis * w.plane_bytes + static_cast<int64_t>(tile) * w.tile_bytes;
+    groups = (has_words ? static_cast<const char*>(w.scales) + basis * w.scale_bytes
+                        : reinterpret_cast<const char*>(w.offset)) +
+             static_cast<int64_t>(tile) * w.groups * group_bytes;
   }
-  __syncwarp();
-  const int basis = lane / kClusterTiles, own = lane % kClusterTiles, tile = min(first_tile + own, w.tiles - 1);
-  const int64_t group = static_cast<int64_t>(tile) * w.groups + from_group;
-  if (basis < kBases) {
-    copy_bulk(to + lane * Memory::kTileWords,
-              reinterpret_cast<const char*>(w.planes) + basis * w.plane_bytes +
-                  static_cast<int64_t>(tile) * w.tile_bytes + first * (kChunkWords * QBB_TILE_ROWS * 4),
-              word_bytes, full);
-    copy_bulk(to + Memory::kScales + lane * Memory::kTileScales,
-              static_cast<const char*>(w.scales) + basis * w.scale_bytes + group * (QBB_TILE_ROWS * 2), scale_bytes, full);
-  } else if (basis == kBases && w.offset != nullptr) {
-    copy_bulk(to + Memory::kOffsets + own * Memory::kTileOffsets,
-              reinterpret_cast<const char*>(w.offset) + group * (QBB_TILE_ROWS * 4), 2 * scale_bytes, full);
+
+  // Chunks first .. end to the stage `to`. All lanes of a warp take part.
+  __device__ __forceinline__ void start(char* to, uint64_t* full, const Weights& w, int first, int end, int lane) const {
+    const uint32_t word_bytes = static_cast<uint32_t>(min(end * kChunkWords, w.words) - first * kChunkWords) * kWordBytes;
+    const int group = min(first >> w.group_shift, w.groups - 1);
+    const auto count = static_cast<uint32_t>(min((end - 1) >> w.group_shift, w.groups - 1) - group + 1);
+    if (lane == 0) {
+      const uint32_t offset_bytes = w.offset == nullptr ? 0 : count * kOffsetBytes;
+      arrive_expecting(full, kClusterTiles * (kBases * (word_bytes + count * kScaleBytes) + offset_bytes));
+    }
+    __syncwarp();
+    if (has_words) copy_bulk(to + lane * Memory::kTileWords, words + first * (kChunkWords * kWordBytes), word_bytes, full);
+    if (group_bytes == 0) return;
+    char* groups_to = to + (has_words ? Memory::kScales + lane * Memory::kTileScales
+                                      : Memory::kOffsets + lane % kClusterTiles * Memory::kTileOffsets);
+    copy_bulk(groups_to, groups + group * group_bytes, count * static_cast<uint32_t>(group_bytes), full);
   }
-}
+};
 
 // Rows row .. row + kTokens of X, chunks first .. end, as products want them; then zeros up to `block` chunks.
 template <class How, int kBases, int kThreads>
