@@ -24,8 +24,8 @@ __device__ __forceinline__ void arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Arrives; the barrier also waits for so many bytes of bulk copies.
-__device__ __forceinline__ void arrive_with_bytes(uint64_t* barrier, int bytes) {
+// As `arrive`, and the phase does not end before copies have brought so many bytes.
+__device__ __forceinline__ void arrive_expecting(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
@@ -42,18 +42,17 @@ __device__ __forceinline__ void wait_for(uint64_t* barrier, int parity) {
       : "memory");
 }
 
-// Starts a copy from device to shared memory, both addresses and the size multiples of 16 bytes, that reports to a barrier.
-__device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier) {
+// `bytes` bytes (all three multiples of 16) to shared memory by the copy engine, which tells the barrier.
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(to)),
                "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
 
-// The first kThreads threads of the block wait for each other.
-template <int kThreads>
-__device__ __forceinline__ void meet_first() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+// Some warps of the block meet; `id` from 1 to 15.
+__device__ __forceinline__ void sync_threads(int id, int count) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
 #endif

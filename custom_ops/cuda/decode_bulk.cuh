@@ -70,8 +70,9 @@ __device__ __forceinline__ void copy_stage(char* to, uint64_t* full, const Weigh
   const int word = first * kChunkWords, words = min(w.words - word, kStageChunks * kChunkWords);
   const int last = first + (words + kChunkWords - 1) / kChunkWords - 1;
   const int group = first >> w.group_shift, groups = min(last >> w.group_shift, w.groups - 1) - group + 1;
-  const int of_words = words * QBB_TILE_ROWS * 4, of_scales = groups * QBB_TILE_ROWS * 2;
-  arrive_with_bytes(full, kBases * (of_words + of_scales) + (w.offset != nullptr ? 2 * of_scales : 0));
+  const auto of_words = static_cast<uint32_t>(words * QBB_TILE_ROWS * 4);
+  const auto of_scales = static_cast<uint32_t>(groups * QBB_TILE_ROWS * 2);
+  arrive_expecting(full, kBases * (of_words + of_scales) + (w.offset != nullptr ? 2 * of_scales : 0));
   const char* planes = reinterpret_cast<const char*>(w.planes) + static_cast<int64_t>(tile) * w.tile_bytes +
                        int64_t{word} * (QBB_TILE_ROWS * 4);
   const int64_t at = static_cast<int64_t>(tile) * w.groups + group;
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2) decode_bulk(const Weights w, 
 
   wait_for_previous_kernel();
   make_planes<kBits, kRows, kBulkWarps * 32>(planes, steps, w, rows, chunks, thread);
-  meet_first<kBulkWarps * 32>();
+  sync_threads(1, kBulkWarps * 32);
   Slot slot;
   for (int tile = first; tile < end; ++tile) {
     float sums[kRows][2] = {};
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2) decode_bulk(const Weights w, 
         if (lane % 4 == 0) of_warps[(warp * kRows + r) * QBB_TILE_ROWS + lane / 4 * 2 + i] = v;
       }
     }
-    meet_first<kBulkWarps * 32>();
+    sync_threads(1, kBulkWarps * 32);
     if (warp != (tile - first) % kBulkWarps) continue;  // it stores; the others go on
     for (int i = lane; i < kRows * QBB_TILE_ROWS; i += 32) {
       const int out = tile * QBB_TILE_ROWS + i % QBB_TILE_ROWS, r = i / QBB_TILE_ROWS;
