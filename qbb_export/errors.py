@@ -24,4 +24,6 @@ class QbbError(Exception):
         if got is not None:
             parts.append(f"got {got}")
         # A path or a foreign message may hold line breaks; one mistake stays one line.
-        super().__init__(" ".join("; ".join(parts).split()))
+        line = " ".join("; ".join(parts).split())
+        # Nor may a name in a file from a stranger speak to the terminal.
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
