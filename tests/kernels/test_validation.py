@@ -107,6 +107,11 @@ def test_unknown_isa(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
         abi.Kernel(small())
 
 
+def test_a_message_is_one_line_whatever_it_quotes() -> None:
+    with pytest.raises(abi.Failed, match="got two  lines$"):
+        abi.Kernel(small(), "two\r\nlines")
+
+
 def test_isa_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for isa in abi.isas():
         monkeypatch.setenv("QBB_ISA", isa)
