@@ -23,7 +23,7 @@ NATIVE := $(shell find custom_ops -type f ! -name '*.py' ! -name '*.pyc' ! -name
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format test-gpu test-slow wheel-test install clean
+.PHONY: help demo test lint format test-gpu test-slow soak wheel-test install clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,9 @@ test-gpu: $(INSTALLED) ## tests that need an NVIDIA GPU
 
 test-slow: $(INSTALLED) ## tests that take minutes each
 	$(PY) -m pytest -m slow -n $(WORKERS) $(PYTEST_ARGS)
+
+soak: $(INSTALLED) ## every promise of SECURITY.md with its full figure
+	$(PY) -m pytest -m soak -n $(WORKERS) $(PYTEST_ARGS)
 
 wheel-test: $(INSTALLED) ## sdist, wheel from the sdist, tests against the installed wheel without PyTorch
 	.ci/wheel-test

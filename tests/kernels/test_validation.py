@@ -108,7 +108,7 @@ def test_unknown_isa(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_message_is_one_line_whatever_it_quotes() -> None:
-    with pytest.raises(abi.Failed, match="got two  lines$"):
+    with pytest.raises(abi.Failed, match=r"got two  lines$"):
         abi.Kernel(small(), "two\r\nlines")
 
 
