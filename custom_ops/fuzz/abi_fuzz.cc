@@ -21,7 +21,7 @@
 namespace {
 
 constexpr int64_t kMaxBytes = int64_t{1} << 20;  // of one tensor; a larger one is only validated
-constexpr int64_t kMaxWork = int64_t{1} << 18;    // signs times rows of X: a millisecond or two
+constexpr int64_t kMaxWork = int64_t{1} << 15;    // signs times rows of X, so that there are a thousand inputs a second
 
 void demand(bool good, const char* what, const char* detail = "") {
   if (good) return;
