@@ -7,8 +7,10 @@ ones are complete. A graph can therefore never be paired with another graph's we
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -155,6 +157,9 @@ def save(model: ir.Model, path: Path, *, on_tensor: OnTensor | None = None) -> i
     """
     temporary_data = path.with_name(f"{path.name}.data.tmp")
     new_data, graph = None, b""
+    # What a killed run left: onnx_ir writes in a folder beside the file.
+    for leftover in path.parent.glob(f".{glob.escape(temporary_data.name)}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         ir.external_data.unload_from_model(
             model,
