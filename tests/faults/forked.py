@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-LIMIT_S = 300
+LIMIT_S = 120
 SERVER = Path(__file__).with_name("server.py")
 # What an export of an .onnx file imports, and what a model of PyTorch wants.
 WARM = "import numpy, onnx, onnx_ir, safetensors.numpy; from qbb_export import cli, pipeline, plan"
@@ -47,9 +48,9 @@ class Commands:
     def start(self, *arguments: object, before: str = "", after: str = "") -> None:
         """``qbb-export …`` or ``qbb …``."""
         words = [str(a) for a in arguments]
-        self._child = self._ask(
-            json.dumps({"arguments": words, "errors": str(self._errors), "before": before, "after": after})
-        )
+        self._child = 0
+        request = {"arguments": words, "errors": str(self._errors), "before": before, "after": after}
+        self._child = self._ask(json.dumps(request))
 
     def end(self) -> Ended:
         """Wait for it."""
@@ -78,6 +79,11 @@ class Commands:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
+        if not select.select([self._process.stdout], [], [], LIMIT_S)[0]:
+            if self._child:
+                os.kill(self._child, signal.SIGKILL)
+            self._process.kill()
+            raise AssertionError(f"no end after {LIMIT_S} s: {self._errors.read_text(errors='replace')}")
         answer = self._process.stdout.readline()
         assert answer, "the server of commands has ended; its traceback is above"
         return int(answer)

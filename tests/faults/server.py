@@ -8,6 +8,7 @@ the command). Answered are the number of the process, and after another, empty l
 PROLOGUE is Python that runs first; it may call ``run(arguments)``, so that what a command imports late is there, too.
 """
 
+import faulthandler
 import json
 import os
 import sys
@@ -32,6 +33,7 @@ while line := sys.stdin.readline():
         os.dup2(os.open(request["errors"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), 2)
         code = 70
         try:
+            faulthandler.dump_traceback_later(100)  # where it hangs, if it does
             exec(request["before"])
             code = run(request["arguments"])
             exec(request["after"])

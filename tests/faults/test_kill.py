@@ -76,7 +76,6 @@ def test_a_hundred_kills_while_quantising(tmp_path: Path) -> None:
     source = chain(tmp_path / "in.onnx", LAYERS, 256)
     late = f"run({['qbb-export', str(source), '-o', str(tmp_path / 'm.onnx'), '--no-verify', '--recipe', 'greedy']})"
     with Commands(tmp_path, f"{WARM}\n{late}") as commands:
-        shutil.rmtree(tmp_path / "m.qbb")
 
         def export(folder: Path) -> list[object]:
             folder.mkdir(exist_ok=True)
@@ -110,7 +109,7 @@ def test_a_hundred_kills_while_saving(tmp_path: Path) -> None:
     """Over an existing model; the layers of the new one are in the record, so that the run soon writes."""
     rng = moments()
     folder = tmp_path / "out"
-    source = chain(tmp_path / "in.onnx", LAYERS, 768)
+    source = chain(tmp_path / "in.onnx", LAYERS, 512)
     command = ["qbb-export", source, "-o", folder / "m.onnx", "--no-verify", "--force", "--recipe", "rtn"]
     with Commands(tmp_path, WARM, PYTHONHASHSEED="1") as commands:
         place = Place(commands, folder, [*command, "--bases", "3"], [*command, "--bases", "2"])
