@@ -163,8 +163,8 @@ def small(recipe):
     text = replace(recipe.text, sequences=12, length=20, validation=4)
     return replace(recipe, text=text, sweep=sweep, distill=phases)
 settings.MODEL_RECIPES = MappingProxyType({n: small(r) for n, r in settings.MODEL_RECIPES.items()})
-from qbb_export.distill import run
-run.SAVE_SECONDS = 0.0
+from qbb_export.distill import run as learning_run
+learning_run.SAVE_SECONDS = 0.0
 """
 
 

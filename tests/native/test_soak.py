@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.native.build import CXX, ENVIRONMENT, OPS, ROOT, build_driver, build_library, build_sanitized, run
+from tests.native.coverage import branches
 from tests.native.mutants import MUTANTS, Mutant
 
 pytestmark = [pytest.mark.soak, pytest.mark.skipif(CXX is None, reason="no C++ compiler: set CXX")]
@@ -89,10 +90,9 @@ def test_the_kernel_suite_under_asan_and_ubsan(checked_library: Path) -> None:
 # --- R18: every check of the validators is needed ---------------------------------------------------------------------
 
 
-def validate(library: Path, *, first_failure: bool) -> subprocess.CompletedProcess[str]:
-    """The tests of the validators with another build of the library."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *VALIDATION]
-    command += ["-x"] if first_failure else []
+def validate(library: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """The tests of the validators with another build of the library, up to the first that fails."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *VALIDATION, *more]
     environment = {**ENVIRONMENT, "QBB_LIBRARY": str(library)}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=900)
 
@@ -126,13 +126,13 @@ def test_every_check_is_needed(sources: Path, tmp_path: Path) -> None:
     # Warnings that a removed check brings are no matter here.
     options = {"source": sources, "flags": "-O0"}
     library = build_library(build, "-DQBB_WERROR=OFF", **options)
-    whole = validate(library, first_failure=True)
+    whole = validate(library)
     assert whole.returncode == 0, whole.stdout[-3000:]
     survivors = []
     for number, mutant in enumerate(MUTANTS, 1):
         apply(mutant, sources)
         build_library(build, "-DQBB_WERROR=OFF", **options)
-        killer = killed_by(validate(library, first_failure=True))
+        killer = killed_by(validate(library))
         shutil.copy(OPS / mutant.file, sources / mutant.file)
         (sources / mutant.file).touch()
         text = " ".join(mutant.old.split())
@@ -140,3 +140,19 @@ def test_every_check_is_needed(sources: Path, tmp_path: Path) -> None:
         if not killer:
             survivors.append(mutant)
     assert survivors == []
+
+
+def test_every_branch_is_taken(tmp_path: Path) -> None:
+    """R18: the tests of the validators, counted by gcov."""
+    if shutil.which("gcov") is None or "clang" in str(CXX):
+        pytest.skip("no gcov: the branches of the validators were NOT counted")
+    library = build_library(tmp_path, "-DCMAKE_CXX_FLAGS=--coverage", "-DQBB_WERROR=OFF", flags="-O0")
+    done = validate(library)
+    assert done.returncode == 0, done.stdout[-3000:]
+    counted = branches(tmp_path, OPS)
+    for file in counted:
+        print(f"{file.file:16} {file.taken:3} of {file.total:3} branches")
+        for line, text in file.missed:
+            print(f"    line {line}: {text}")
+    assert all(file.total > 5 for file in counted)
+    assert [(file.file, *missed) for file in counted for missed in file.missed] == []
