@@ -42,6 +42,7 @@ def compile_model(path: str | Path, target: str, output: str | Path, *, force: b
     import tvm
     from tvm.support import cc
 
+    from qbb_export.runtimes.tvm import pipeline
     from qbb_export.runtimes.tvm.importer import import_model
 
     module, graph = import_model(path)
@@ -49,7 +50,7 @@ def compile_model(path: str | Path, target: str, output: str | Path, *, force: b
         described = tvm.target.Target(dict(machine.description))
     except Exception as error:  # whatever TVM raises for a description that it does not know
         raise QbbError("TVM refuses the target", where=f"--target {target}", got=str(error).splitlines()[0]) from error
-    executable = tvm.compile(module, described)
+    executable = tvm.compile(module, described, relax_pipeline=pipeline.pipeline(described))
     scratch = folders.scratch_path(output)
     folders.make_scratch(scratch)
     try:

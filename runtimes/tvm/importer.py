@@ -71,7 +71,8 @@ def _binary_basis_matmul(builder: Any, inputs: Any, attributes: dict[str, Any], 
     wide = np.broadcast_to(offset, (spec.tiles, spec.groups, operator.LANES)).astype(np.float32)
     padded = np.zeros((spec.tiles, operator.LANES), np.float32)
     padded.reshape(-1)[: spec.N] = np.broadcast_to(bias.reshape(-1), spec.N)
-    function = operator.exact(spec, str(scales.dtype)).without_attr("global_symbol")  # the builder finds a free name
+    function = operator.reference(spec, str(scales.dtype), int(attributes.get("mode", 0)))
+    function = function.without_attr("global_symbol")  # the builder finds a free name
     kernel = builder.add_func(function, f"binary_basis_matmul_{spec.K}_{spec.N}_{spec.bases}")
     sizes = list(x.ty.shape.values)
     rows_of_x = sizes[0]

@@ -1,0 +1,22 @@
+"""The passes from an imported module to functions that a virtual machine runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from qbb_export.runtimes.tvm.lower import LowerBinaryBasis
+
+
+def pipeline(target: Any) -> Any:
+    """Our passes, then TVM's own for the target."""
+
+    @tvm.transform.module_pass(opt_level=0, name="qbb_pipeline")
+    def run(module: Any, _: Any) -> Any:
+        with target:
+            ours = [LowerBinaryBasis(target), relax.transform.EliminateCommonSubexpr()]
+            return tvm.transform.Sequential([*ours, relax.get_default_pipeline(target)])(module)
+
+    return run
