@@ -53,8 +53,8 @@ class Variant:
     Attributes:
         name: for messages and tests.
         fits: whether it is good for a target and a call.
-        emit: the product, float32 ``[M, N]``, as an expression made with the builder. What it makes of X alone should be
-            a call of its own: linear layers with the same X then share it, once common subexpressions are eliminated.
+        emit: the product, float32 ``[M, N]``, as an expression made with the builder. What it makes of X alone should
+            be a call of its own: linear layers with the same X share it once common subexpressions are eliminated.
     """
 
     name: str
@@ -67,7 +67,7 @@ def variants() -> tuple[Variant, ...]:
     return ()
 
 
-def LowerBinaryBasis(target: Any) -> Any:  # noqa: N802 - passes are named like this in TVM
+def LowerBinaryBasis(target: Any) -> Any:
     """The pass for a ``tvm.target.Target``."""
 
     @tvm.transform.module_pass(opt_level=0, name="LowerBinaryBasis")
