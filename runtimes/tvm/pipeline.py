@@ -13,10 +13,9 @@ from qbb_export.runtimes.tvm.lower import LowerBinaryBasis
 def pipeline(target: Any) -> Any:
     """Our passes, then TVM's own for the target."""
 
-    @tvm.transform.module_pass(opt_level=0, name="qbb_pipeline")
     def run(module: Any, _: Any) -> Any:
         with target:
             ours = [LowerBinaryBasis(target), relax.transform.EliminateCommonSubexpr()]
             return tvm.transform.Sequential([*ours, relax.get_default_pipeline(target)])(module)
 
-    return run
+    return tvm.transform.module_pass(run, opt_level=0, name="qbb_pipeline")
