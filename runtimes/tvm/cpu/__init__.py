@@ -13,9 +13,11 @@ from tvm.target import codegen
 
 from qbb_export.runtimes.tvm.cpu import activations
 from qbb_export.runtimes.tvm.cpu.arm import Neon, NeonDot
+from qbb_export.runtimes.tvm.cpu.floats import legalizations
 from qbb_export.runtimes.tvm.cpu.geometry import Geometry
 from qbb_export.runtimes.tvm.cpu.isa import Isa
 from qbb_export.runtimes.tvm.cpu.products import Product
+from qbb_export.runtimes.tvm.cpu.schedule import schedule_rest
 from qbb_export.runtimes.tvm.cpu.x86 import Avx2, Avx512, Avx512Vnni
 
 EXACT, INT8, INT16 = range(3)
@@ -85,4 +87,4 @@ def emit(builder: Any, call: Any, isa: Isa) -> Any:
     return relax.call_tir(function, arguments, out_ty=relax.TensorType((M, spec.N), "float32"))
 
 
-__all__ = ["emit", "isa_of", "most_few_rows"]
+__all__ = ["emit", "isa_of", "legalizations", "most_few_rows", "schedule_rest"]
