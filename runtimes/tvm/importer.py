@@ -15,13 +15,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import tvm
+from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common
 from tvm import relax
 from tvm.relax.frontend.onnx import onnx_frontend
 
 from qbb_export.errors import QbbError
 from qbb_export.format import LAYOUT_TILED, OP_TYPE, Spec, from_layout, to_layout
-from qbb_export.runtimes.tvm import operator
+from qbb_export.runtimes.tvm import contrib, operator
 
 
 def import_model(path: Path) -> tuple[Any, onnx.GraphProto]:
@@ -37,12 +38,30 @@ def import_model(path: Path) -> tuple[Any, onnx.GraphProto]:
     common.InlinePass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     proto = ir.to_proto(model)
+    _fold_constants(proto.graph)
     opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     importer = _Importer(None, "float32", keep_params_in_input=False, sanitize=False)
     try:
         return importer.from_onnx(proto.graph, opset), proto.graph
     except tvm.error.OpNotImplemented as error:
         raise QbbError("TVM cannot import an operator", where=path, got=str(error).splitlines()[0]) from error
+
+
+def _fold_constants(graph: onnx.GraphProto) -> None:
+    """Compute what depends on nothing but constants: rotations, the output head's transpose."""
+    known = {tensor.name: tensor for tensor in graph.initializer}
+    kept = []
+    for node in graph.node:
+        nested = any(attribute.HasField("g") for attribute in node.attribute)
+        if nested or node.domain not in ("", "ai.onnx") or not node.input or not all(n in known for n in node.input):
+            kept.append(node)
+            continue
+        feeds = {name: onnx.numpy_helper.to_array(known[name]) for name in node.input}
+        for name, value in zip(node.output, ReferenceEvaluator(node).run(None, feeds), strict=True):
+            known[name] = onnx.numpy_helper.from_array(np.ascontiguousarray(value), name)
+            graph.initializer.append(known[name])
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 class _Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
@@ -103,6 +122,7 @@ def _reshape(builder: Any, inputs: Any, attributes: dict[str, Any], parameters: 
 
 
 _CONVERTERS: Final[dict[str, Callable[..., Any]]] = {
+    **contrib.CONVERTERS,
     OP_TYPE: _binary_basis_matmul,
     "Range": _range,
     "Reshape": _reshape,
