@@ -1,6 +1,6 @@
 """ONNX Runtime's fused operators of decoders, taken apart into Relax's.
 
-Shapes: B sequences, S new tokens, P tokens in the cache, T = P + S; H heads of D numbers, L of them for keys and values.
+Shapes: B sequences, S new tokens, P tokens in the cache, T = P + S; H heads of D numbers, L for keys and values.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _masked(scores: Any, scale: float, P: Any, window: int) -> Any:
 def _heads(
     builder: Any, source: Any, first: int, count: int, D: int, P: Any, tables: tuple[Any, ...], interleaved: bool
 ) -> Any:
-    """``[B, count, S, D]`` of heads from ``first`` on in ``[B, S, heads·D]``, turned by tables ``[positions, pairs]``."""
+    """``[B, count, S, D]`` of heads from ``first`` on in ``[B, S, heads·D]``, by tables ``[positions, pairs]``."""
 
     def compute(x: Any, P: Any, *angles: Any) -> Any:
         B, S = x.shape[:2]

@@ -25,8 +25,12 @@ from qbb_export.format import LAYOUT_TILED, OP_TYPE, Spec, from_layout, to_layou
 from qbb_export.runtimes.tvm import contrib, operator
 
 
-def import_model(path: Path) -> tuple[Any, onnx.GraphProto]:
+def import_model(path: Path, mode: int | None = None) -> tuple[Any, onnx.GraphProto]:
     """The Relax module of a checked .onnx file, and the graph that was imported.
+
+    Args:
+        path: the file.
+        mode: of all products, in place of the nodes' own.
 
     Raises:
         QbbError: an operator that TVM cannot import.
@@ -39,6 +43,8 @@ def import_model(path: Path) -> tuple[Any, onnx.GraphProto]:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     proto = ir.to_proto(model)
     _fold_constants(proto.graph)
+    if mode is not None:
+        _set_mode(proto.graph, mode)
     opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     importer = _Importer(None, "float32", keep_params_in_input=False, sanitize=False)
     try:
@@ -62,6 +68,14 @@ def _fold_constants(graph: onnx.GraphProto) -> None:
             graph.initializer.append(known[name])
     del graph.node[:]
     graph.node.extend(kept)
+
+
+def _set_mode(graph: onnx.GraphProto, mode: int) -> None:
+    for node in graph.node:
+        if node.op_type == OP_TYPE:
+            own = [attribute for attribute in node.attribute if attribute.name != "mode"]
+            del node.attribute[:]
+            node.attribute.extend([*own, onnx.helper.make_attribute("mode", mode)])
 
 
 class _Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
