@@ -100,6 +100,8 @@ def kernels(
     else:
         assert limit is not None
         prepare = activations.float_tables(isa, g, limit)
+    if not isa.half_scales:
+        scales = scales.astype(np.float32)
     product = Product(isa, g, str(scales.dtype), size, limit)
     constants = [isa.planes(g.planes(planes), product.order), g.scales(scales), bias]
     if g.has_offset:
