@@ -11,13 +11,28 @@ group, and input i of a word in bit 8·(i%16/4) + i%4 + 4·(i/16) (docs/format.m
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from tvm.script import tirx as T
 
 from qbb_export.format import TILE_ROWS, WORD_BITS, Spec
 
 LANES = TILE_ROWS
+TAG: Final = "qbb.binary_basis_matmul"  # of reference functions: K, N, bases, group_size and mode
+
+
+def reference(spec: Spec, scale_dtype: str, mode: int) -> Any:
+    """:func:`exact` with a tag, which the pass ``LowerBinaryBasis`` looks for."""
+    return exact(spec, scale_dtype).with_attr(TAG, [spec.K, spec.N, spec.bases, spec.group_size, mode])
+
+
+def tag_of(function: Any) -> tuple[Spec, int] | None:
+    """Spec and mode of a reference function, None for any other."""
+    tag = None if function.attrs is None else function.attrs.get(TAG)
+    if tag is None:
+        return None
+    *numbers, mode = map(int, tag)
+    return Spec(*numbers), mode
 
 
 def exact(spec: Spec, scale_dtype: str) -> Any:
