@@ -42,7 +42,7 @@ def compile_model(path: str | Path, target: str, output: str | Path, *, force: b
     import tvm
     from tvm.support import cc
 
-    from qbb_export.runtimes.tvm import pipeline
+    from qbb_export.runtimes.tvm import cuda, pipeline
     from qbb_export.runtimes.tvm.importer import import_model
 
     module, graph = import_model(path)
@@ -50,7 +50,10 @@ def compile_model(path: str | Path, target: str, output: str | Path, *, force: b
         described = tvm.target.Target(dict(machine.description))
     except Exception as error:  # whatever TVM raises for a description that it does not know
         raise QbbError("TVM refuses the target", where=f"--target {target}", got=str(error).splitlines()[0]) from error
-    executable = tvm.compile(module, described, relax_pipeline=pipeline.pipeline(described))
+    if machine.device == "cuda":
+        cuda.use_nvcc()
+    with described:  # nvcc's callback asks for it
+        executable = tvm.compile(module, described, relax_pipeline=pipeline.pipeline(described))
     scratch = folders.scratch_path(output)
     folders.make_scratch(scratch)
     try:
@@ -60,6 +63,7 @@ def compile_model(path: str | Path, target: str, output: str | Path, *, force: b
         manifest = {
             "version": MANIFEST_VERSION,
             "target": {"name": machine.name, **machine.description},
+            "device": machine.device,
             "model": {"file": path.name, "sha256": file_sha256(path)},
             "library": {"file": LIBRARY, "sha256": file_sha256(scratch / LIBRARY)},
             "tvm": PINNED,

@@ -32,7 +32,11 @@ class Compiled:
 
         self.manifest = manifest
         self._tvm = tvm
-        self._machine = VirtualMachine(tvm.runtime.load_module(str(folder / LIBRARY)), tvm.cpu())
+        self._device = tvm.runtime.device(manifest["device"])
+        if not self._device.exist:
+            name, needs = manifest["device"], "the device, its driver, and a TVM runtime that has it"
+            raise QbbError("no device for a compiled model", where=folder, expected=needs, got=f"no {name} here")
+        self._machine = VirtualMachine(tvm.runtime.load_module(str(folder / LIBRARY)), self._device)
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Outputs by name.
@@ -57,7 +61,8 @@ class Compiled:
             if not fits:
                 got = f"{array.dtype} {list(array.shape)}"
                 raise QbbError("bad input", where=name, expected=f"{value['dtype']} {value['shape']}", got=got)
-            arguments.append(self._tvm.runtime.tensor(array))  # TVM wants memory that numpy does not always align
+            # A copy, on the CPU too: TVM wants memory that numpy does not always align.
+            arguments.append(self._tvm.runtime.tensor(array, self._device))
         found = self._machine["main"](*arguments)
         names = [value["name"] for value in self.manifest["outputs"]]
         several = [found] if len(names) == 1 and hasattr(found, "numpy") else list(found)
@@ -69,7 +74,7 @@ def load(folder: str | Path) -> Compiled:
 
     Raises:
         QbbError: no such folder, a manifest of another version, a library that is not the one it was written with, or
-            TVM is not installed.
+            TVM is not installed, or there is no device of the kind it was compiled for.
     """
     folder = Path(folder)
     check_versions()

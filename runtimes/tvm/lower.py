@@ -15,7 +15,7 @@ from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from qbb_export.format import Spec
-from qbb_export.runtimes.tvm import operator
+from qbb_export.runtimes.tvm import gpu, operator
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Variant:
 
 def variants() -> tuple[Variant, ...]:
     """All of them, best first."""
-    return ()
+    return (Variant("cuda", gpu.is_cuda, gpu.emit_cuda), Variant("gpu", gpu.is_gpu, gpu.emit_any))
 
 
 def LowerBinaryBasis(target: Any) -> Any:

@@ -7,6 +7,8 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from qbb_export.runtimes.tvm import gpu_pipeline
+from qbb_export.runtimes.tvm.gpu import is_gpu
 from qbb_export.runtimes.tvm.lower import LowerBinaryBasis
 
 
@@ -17,6 +19,7 @@ def pipeline(target: Any) -> Any:
     def run(module: Any, _: Any) -> Any:
         with target:
             ours = [LowerBinaryBasis(target), relax.transform.EliminateCommonSubexpr()]
-            return tvm.transform.Sequential([*ours, relax.get_default_pipeline(target)])(module)
+            rest = gpu_pipeline.passes(target) if is_gpu(target, None) else [relax.get_default_pipeline(target)]
+            return tvm.transform.Sequential([*ours, *rest])(module)
 
     return run

@@ -22,6 +22,7 @@ class Target:
         linker: a C++ compiler for that machine; None: this machine's own.
         package: Debian's package with the linker.
         machine: as ``platform.machine`` says it; the result is run and compared on such a machine only.
+        device: where its kernels run, by TVM's name.
     """
 
     name: str
@@ -29,10 +30,17 @@ class Target:
     linker: str | None = None
     package: str = "g++"
     machine: str = ""
+    device: str = "cpu"
 
 
 def _llvm(name: str, machine: str, linker: str | None = None, package: str = "g++", **options: Any) -> Target:
     return Target(name, MappingProxyType({"kind": "llvm", **options}), linker, package, machine)
+
+
+def _gpu(name: str, **options: Any) -> Target:
+    """Kernels for a GPU; the code around them is for this machine."""
+    description = {**options, "host": {"kind": "llvm"}}
+    return Target(name, MappingProxyType(description), device=options["kind"])
 
 
 _AARCH64: Final = ("aarch64", "aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu")
@@ -47,6 +55,11 @@ TARGETS: Final = MappingProxyType(
             _llvm("cortex-a53", *_AARCH64, mtriple="aarch64-linux-gnu", mcpu="cortex-a53"),
             _llvm("riscv64", "riscv64", "riscv64-linux-gnu-g++", "g++-riscv64-linux-gnu",
                   mtriple="riscv64-linux-gnu", mcpu="generic-rv64", mattr=["+m", "+a", "+f", "+d", "+c"]),
+            _gpu("cuda-sm90", kind="cuda", arch="sm_90", max_threads_per_block=1024, max_shared_memory_per_block=49152,
+                 thread_warp_size=32),
+            _gpu("opencl", kind="opencl", max_num_threads=256),
+            _gpu("webgpu", kind="webgpu", max_num_threads=256),
+            _gpu("metal", kind="metal", max_threads_per_block=256),
         )
     }
 )  # fmt: skip
