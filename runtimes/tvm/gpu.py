@@ -33,6 +33,7 @@ from qbb_export.format import TILE_ROWS, WORD_BITS, Spec
 WARP: Final = 32
 FEW: Final = 8
 KINDS: Final = ("cuda", "opencl", "metal", "webgpu")  # of targets, by TVM's names
+NO_HALF: Final = ("opencl", "webgpu")  # float16 is an extension there, so scales become float32
 
 
 @dataclass(frozen=True)
@@ -75,33 +76,21 @@ def launches(spec: Spec, *, cuda: bool) -> tuple[Launch, ...]:
     return one, replace(one, rows=2), replace(one, rows=4, tiles=min(tiles, 2)), many
 
 
-def is_cuda(target: Any, _: Any) -> bool:
-    """Whether look-ups by shuffles can be compiled for a ``tvm.target.Target``."""
-    return str(target.kind) == "cuda"
+def is_gpu(target: Any) -> bool:
+    """Whether a ``tvm.target.Target`` is a GPU that we have kernels for."""
+    return str(target.kind.name) in KINDS
 
 
-def is_gpu(target: Any, _: Any) -> bool:
-    """Whether a ``tvm.target.Target`` is some GPU."""
-    return str(target.kind) in KINDS
-
-
-def emit_cuda(builder: Any, call: Any) -> Any:
-    """A ``lower.Call`` for CUDA."""
-    return _emit(builder, call, call.scales, cuda=True)
-
-
-def emit_any(builder: Any, call: Any) -> Any:
-    """A ``lower.Call`` for any GPU. Scales become float32: WebGPU and OpenCL have float16 as an extension only."""
-    return _emit(builder, call, relax.const(call.scales.value.numpy().astype(np.float32)), cuda=False)
-
-
-def _emit(builder: Any, call: Any, scales: Any, *, cuda: bool) -> Any:
-    spec = call.spec
+def emit(builder: Any, call: Any, target: Any) -> Any:
+    """A ``lower.Call`` for a GPU."""
+    spec, kind, scales = call.spec, str(target.kind.name), call.scales
+    if kind in NO_HALF:
+        scales = relax.const(scales.value.numpy().astype(np.float32))
     offset = bool(call.offset.value.numpy().any())
     z = call.offset if offset else relax.const(np.zeros((1, 1, TILE_ROWS), np.float32))
-    scale_dtype = str(scales.value.numpy().dtype)
-    function = product(spec, scale_dtype, cuda=cuda, offset=offset).without_attr("global_symbol")
-    kernel = builder.add_func(function, f"binary_basis_matmul_{spec.K}_{spec.N}_{spec.bases}")
+    function = product(spec, str(scales.value.numpy().dtype), cuda=kind == "cuda", offset=offset)
+    name = f"binary_basis_matmul_{spec.K}_{spec.N}_{spec.bases}"
+    kernel = builder.add_func(function.without_attr("global_symbol"), name)
     constants = [call.planes, scales, z, call.bias]
     return relax.call_tir(kernel, [call.x, *constants], relax.TensorType((call.rows, spec.N), "float32"))
 

@@ -15,7 +15,7 @@ from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from qbb_export.format import Spec
-from qbb_export.runtimes.tvm import gpu, operator
+from qbb_export.runtimes.tvm import cpu, gpu, operator
 
 
 @dataclass(frozen=True)
@@ -53,24 +53,30 @@ class Variant:
     Attributes:
         name: for messages and tests.
         fits: whether it is good for a target and a call.
-        emit: the product, float32 ``[M, N]``, as an expression made with the builder. What it makes of X alone should
+        emit: of a builder, a call and a target: the product, float32 ``[M, N]``. What it makes of X alone should
             be a call of its own: linear layers with the same X share it once common subexpressions are eliminated.
     """
 
     name: str
     fits: Callable[[Any, Call], bool]
-    emit: Callable[[Any, Call], Any]
+    emit: Callable[[Any, Call, Any], Any]
 
 
 def variants() -> tuple[Variant, ...]:
     """All of them, best first."""
-    return (Variant("cuda", gpu.is_cuda, gpu.emit_cuda), Variant("gpu", gpu.is_gpu, gpu.emit_any))
+    return (
+        Variant("gpu", lambda target, _: gpu.is_gpu(target), gpu.emit),
+        Variant("cpu", lambda target, _: target.kind.name == "llvm", _on_cpu),
+    )
+
+
+def _on_cpu(builder: Any, call: Call, target: Any) -> Any:
+    return cpu.emit(builder, call, cpu.isa_of(target))
 
 
 def LowerBinaryBasis(target: Any) -> Any:
     """The pass for a ``tvm.target.Target``."""
 
-    @tvm.transform.module_pass(opt_level=0, name="LowerBinaryBasis")
     def lower(module: Any, _: Any) -> Any:
         rewriter = _Rewriter(module, target)
         for name, function in module.functions.items():
@@ -78,7 +84,7 @@ def LowerBinaryBasis(target: Any) -> Any:
                 rewriter.builder_.update_func(name, rewriter.visit_expr(function))
         return relax.transform.DeadCodeElimination()(rewriter.builder_.get())
 
-    return lower
+    return tvm.transform.module_pass(lower, opt_level=0, name="LowerBinaryBasis")
 
 
 @mutator
@@ -96,8 +102,9 @@ class _Rewriter(PyExprMutator):  # type: ignore[misc]
         tag = operator.tag_of(self._module[call.args[0]])
         if tag is None:
             return call
-        found = Call(*call.args[1], *tag)
+        x, planes, scales, offset, bias = call.args[1]
+        found = Call(x, planes, scales, offset, bias, *tag)
         for variant in self._variants:
             if variant.fits(self._target, found):
-                return variant.emit(self.builder_, found)
+                return variant.emit(self.builder_, found, self._target)
         return call

@@ -15,11 +15,10 @@ from qbb_export.runtimes.tvm.lower import LowerBinaryBasis
 def pipeline(target: Any) -> Any:
     """Our passes, then TVM's own for the target."""
 
-    @tvm.transform.module_pass(opt_level=0, name="qbb_pipeline")
     def run(module: Any, _: Any) -> Any:
         with target:
             ours = [LowerBinaryBasis(target), relax.transform.EliminateCommonSubexpr()]
-            rest = gpu_pipeline.passes(target) if is_gpu(target, None) else [relax.get_default_pipeline(target)]
+            rest = gpu_pipeline.passes(target) if is_gpu(target) else [relax.get_default_pipeline(target)]
             return tvm.transform.Sequential([*ours, *rest])(module)
 
-    return run
+    return tvm.transform.module_pass(run, opt_level=0, name="qbb_pipeline")

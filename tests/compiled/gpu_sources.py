@@ -14,8 +14,6 @@ from qbb_export.runtimes.tvm import gpu
 from qbb_export.runtimes.tvm.targets import TARGETS
 from tests.kernels.layers import Layer
 
-HALF_SCALES = ("cuda", "metal")
-
 
 @dataclass(frozen=True)
 class Kernel:
@@ -54,7 +52,7 @@ class Sources:
 def arrays(layer: Layer, kind: str) -> dict[str, np.ndarray]:
     """The constants as the kernels read them, by parameter."""
     spec = layer.spec
-    scales = layer.scales if kind in HALF_SCALES else layer.scales.astype(np.float32)
+    scales = layer.scales.astype(np.float32) if kind in gpu.NO_HALF else layer.scales
     bias = np.zeros((spec.tiles, TILE_ROWS), np.float32)
     bias.reshape(-1)[: spec.N] = np.broadcast_to(layer.bias, spec.N)
     z = np.broadcast_to(layer.offset, (spec.tiles, spec.groups, TILE_ROWS)).astype(np.float32)
