@@ -66,18 +66,10 @@ def file_of(spec: fmt.Spec, offset: bool, label: str) -> str:
 
 def compile_all(folder: Path, bases: list[int], sweep: bool) -> None:
     """Write all modules."""
-    import tvm
+    target = prepare(folder)
+    from qbb_export.runtimes.tvm import gpu
 
-    from qbb_export.runtimes.tvm import cuda, gpu
-    from qbb_export.runtimes.tvm.targets import TARGETS
-
-    cuda.use_nvcc()
-    target = tvm.target.Target(dict(TARGETS["cuda-sm90"].description))
-    folder.mkdir(exist_ok=True)
     jobs: list[tuple[str, Any]] = []
-    for K, N, b, group, offset in EXACT:
-        spec = fmt.Spec(K, N, b, group, fmt.LAYOUT_TILED)
-        jobs.append((file_of(spec, offset, "tvm"), gpu.product(spec, "float16", cuda=True, offset=offset)))
     for K, N in SHAPES:
         for b in bases:
             spec = fmt.Spec(K, N, b, GROUP_SIZE, fmt.LAYOUT_TILED)
@@ -87,6 +79,35 @@ def compile_all(folder: Path, bases: list[int], sweep: bool) -> None:
                 (file_of(spec, False, label), gpu.product(spec, "float16", cuda=True, offset=False, cut=cut))
                 for label, cut in (swept(spec) if sweep and (K, N) in SWEPT and b == 3 else [])
             ]
+    compile_jobs(folder, target, jobs)
+
+
+def compile_exact(folder: Path) -> None:
+    """Write what :func:`check` needs."""
+    target = prepare(folder)
+    from qbb_export.runtimes.tvm import gpu
+
+    specs = [(fmt.Spec(*numbers, fmt.LAYOUT_TILED), offset) for *numbers, offset in EXACT]
+    jobs = [(file_of(s, z, "tvm"), gpu.product(s, "float16", cuda=True, offset=z)) for s, z in specs]
+    compile_jobs(folder, target, jobs)
+
+
+def prepare(folder: Path) -> Any:
+    """The target."""
+    import tvm
+
+    from qbb_export.runtimes.tvm import cuda
+    from qbb_export.runtimes.tvm.targets import TARGETS
+
+    folder.mkdir(exist_ok=True)
+    cuda.use_nvcc()
+    return tvm.target.Target(dict(TARGETS["cuda-sm90"].description))
+
+
+def compile_jobs(folder: Path, target: Any, jobs: list[tuple[str, Any]]) -> None:
+    """Those whose file is not there yet."""
+    import tvm
+
     for name, function in track(jobs, "compiling"):
         if not (folder / name).is_file():
             with target:
@@ -260,6 +281,7 @@ def main() -> None:
     options = parser.parse_args()
     options.bases = [int(b) for b in options.bases.split(",")]
     if options.compile is not None:
+        compile_exact(options.compile)
         compile_all(options.compile, options.bases, options.sweep)
         return
     if options.folder is None:
