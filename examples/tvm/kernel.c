@@ -15,16 +15,6 @@ void TVMFFIErrorSetRaisedFromCStrParts(const char* kind, const char** parts, int
   fputs("\n", stderr);
 }
 
-// Where a kernel would use threads: it calls what this points to. Here one thread does all; plug a thread pool in at will.
-typedef struct { void* lock; int32_t tasks; } Parallel;
-typedef int (*Task)(int number, Parallel* environment, void* data);
-static int one_thread(Task task, void* data, int tasks) {
-  (void)tasks;  // 0: as many as there are
-  Parallel environment = {NULL, 1};
-  return task(0, &environment, data);
-}
-int (*__TVMBackendParallelLaunch)(Task, void*, int) = one_thread;
-
 #define SHAPE(...) (int64_t[]){__VA_ARGS__}, sizeof((int64_t[]){__VA_ARGS__}) / 8
 static TVMFFIAny tensor(DLTensor* t, const void* data, DLDataTypeCode code, int bits, int64_t* shape, size_t rank) {
   *t = (DLTensor){.data = (void*)data, .device = {kDLCPU, 0}, .ndim = (int32_t)rank, .dtype = {(uint8_t)code, (uint8_t)bits, 1},

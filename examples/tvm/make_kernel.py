@@ -3,12 +3,13 @@
     python examples/tvm/make_kernel.py MODEL.onnx NODE TARGET FOLDER
 
 writes ``kernel.o`` (the function ``__tvm_ffi_binary_basis_matmul``), its constants as ``*.bin`` with ``layer.S``, which
-puts them into a program, and ``layer.h`` with their sizes. NODE is the name of a ``BinaryBasisMatMul`` node; any other
-text lists them. TARGET is a target of ``qbb compile`` for CPUs.
+puts them into a program, and ``layer.h`` and ``layer.json`` with their sizes. NODE is the name of a
+``BinaryBasisMatMul`` node; any other text lists them. TARGET is a target of ``qbb compile`` for CPUs.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def write(path: Path, node: str, target: str, folder: Path) -> None:
     spec, constants = read_layer(path, node)
     machine = tvm.target.Target(dict(find_target(target).description))
     folder.mkdir(exist_ok=True)
-    function = operator.exact(spec, str(constants["scales"].dtype))
+    function = operator.exact(spec, str(constants["scales"].dtype), threads=False)
     tvm.compile(function, machine).mod.write_to_file(str(folder / "kernel.o"), "o")
     sizes = {"K": spec.K, "N": spec.N, "BASES": spec.bases, "TILES": spec.tiles, "WORDS": spec.words}
     sizes |= {"GROUPS": spec.groups, "SCALE_BITS": 8 * constants["scales"].itemsize}
@@ -63,6 +64,7 @@ def write(path: Path, node: str, target: str, folder: Path) -> None:
         assembly += f'.globl layer_{name}\n.balign 64\nlayer_{name}:\n.incbin "{name}.bin"\n'
     (folder / "layer.h").write_text(header)
     (folder / "layer.S").write_text(assembly + '.section .note.GNU-stack,"",%progbits\n')
+    (folder / "layer.json").write_text(json.dumps(sizes) + "\n")
 
 
 if __name__ == "__main__":
