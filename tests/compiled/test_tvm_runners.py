@@ -1,4 +1,4 @@
-"""Programs in C++, C and JavaScript that run what TVM compiled, as examples/tvm/README.md says; other machines in qemu."""
+"""Programs that run what TVM compiled, as examples/tvm/README.md says; those for other machines in qemu."""
 
 from __future__ import annotations
 
@@ -26,12 +26,11 @@ ROOT = Path(__file__).parents[2]
 HEADERS = tvm_ffi.libinfo.find_include_path()
 LIBRARIES = ("tvm/lib/libtvm_runtime.so", "tvm_ffi/lib/libtvm_ffi.so")
 PACKAGES = {
-    **{
-        f"{cpu}-linux-gnu-{tool}": f"{tool}-{cpu}-linux-gnu"
-        for cpu in ("aarch64", "riscv64")
-        for tool in ("gcc", "g++")
-    },
-    **{f"qemu-{cpu}-static": "qemu-user-static" for cpu in ("aarch64", "riscv64")},
+    "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
+    "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu",
+    "riscv64-linux-gnu-gcc": "gcc-riscv64-linux-gnu",
+    "qemu-aarch64-static": "qemu-user-static",
+    "qemu-riscv64-static": "qemu-user-static",
     "g++": "g++",
     "node": "nodejs",
     "wasm-ld": "lld",
