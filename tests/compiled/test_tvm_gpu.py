@@ -1,10 +1,7 @@
-"""Kernels that TVM writes for GPUs, where there is none: CUDA's source on the CPU, each thread a fiber."""
+"""Kernels that TVM writes for GPUs, run without one: CUDA as C++, OpenCL on PoCL, WebGPU on a software Vulkan."""
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,65 +9,69 @@ import pytest
 
 tvm = pytest.importorskip("tvm", reason="TVM was NOT tested: pip install 'qbb-export[tvm]'")
 
-from tests.compiled.gpu_sources import Sources, arrays, compile_product  # noqa: E402
-from tests.kernels.layers import Layer, make_layer, with_garbage  # noqa: E402
+from qbb_export import format as fmt  # noqa: E402
+from qbb_export.runtimes.tvm import gpu  # noqa: E402
+from tests.compiled import gpu_runners  # noqa: E402
+from tests.compiled.gpu_sources import compile_product  # noqa: E402
+from tests.kernels.layers import group_sizes, make_layer, with_garbage  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
-CXX = shutil.which("g++") or shutil.which("clang++")
-CUDA_HEADERS = next((p for p in Path("/usr/local").glob("cuda*/include") if (p / "cuda.h").is_file()), None)
-
-
-def emulated(sources: Sources, folder: Path) -> ctypes.CDLL:
-    """CUDA's source as a library for this machine."""
-    (folder / "source.cuh").write_text(sources.source)
-    calls = ""
-    for kernel in sources.kernels:
-        values = ", ".join(a if a == "M" else f"({_C_TYPES[a]}){a}" for a in kernel.arguments)
-        run = f"return emulate::run(dim3(gx, gy), threads, 0, [=] {{ {kernel.name}({values}); }});"
-        calls += f'extern "C" bool run_{kernel.launch.rows}({_C_ARGUMENTS}) {{ {run} }}\n'
-    (folder / "all.cc").write_text(f'#include "{ROOT}/tests/compiled/cuda_source.cc"\n{calls}')
-    assert CXX and CUDA_HEADERS
-    include = [f"-I{p}" for p in (ROOT / "tests/native/cuda_on_cpu", CUDA_HEADERS)]
-    command = [CXX, "-std=c++17", "-O1", "-w", "-fPIC", "-shared", f'-DSOURCE="{folder}/source.cuh"', *include]
-    subprocess.run([*command, "-o", str(folder / "all.so"), str(folder / "all.cc")], check=True)
-    return ctypes.CDLL(str(folder / "all.so"))
+# Named target, TVM's name of the kind, what is needed, what runs it.
+WAYS = {
+    "cuda": ("cuda-sm90", "cuda", gpu_runners.need_cuda_headers, gpu_runners.emulated_cuda),
+    "opencl": ("opencl", "opencl", gpu_runners.need_opencl, gpu_runners.on_opencl),
+    "webgpu": ("webgpu", "webgpu", gpu_runners.need_webgpu, gpu_runners.on_webgpu),
+}
+ROWS = (1, 2, 3, 8, 17)
 
 
-_C_TYPES = {"planes": "uint*", "scales": "half*", "z": "float*", "bias": "float*", "x": "float*", "y": "float*"}
-_C_ARGUMENTS = ", ".join(f"void* {name}" for name in _C_TYPES) + ", int64_t M, unsigned gx, unsigned gy, int threads"
+@pytest.fixture(params=list(WAYS))
+def way(request: pytest.FixtureRequest) -> str:
+    WAYS[request.param][2]()
+    return str(request.param)
 
 
-def run_emulated(library: ctypes.CDLL, sources: Sources, layer: Layer, x: np.ndarray) -> np.ndarray:
-    """Y; what nobody wrote is NaN."""
-    y = np.full((len(x), sources.spec.N), np.nan, np.float32)
-    launch = sources.kernel(len(x)).launch
-    memory = [*arrays(layer, "cuda").values(), np.ascontiguousarray(x), y]
-    run = getattr(library, f"run_{launch.rows}")
-    run.restype = ctypes.c_bool
-    numbers = (ctypes.c_int64(len(x)), *map(ctypes.c_uint, launch.grid(sources.spec, len(x))), launch.threads)
-    assert run(*(ctypes.c_void_p(array.ctypes.data) for array in memory), *numbers), "threads wait for each other"
-    return y
+def exact_sums(way: str, K: int, seed: int, folder: Path) -> None:
+    """Small whole numbers and powers of two, as in tests/kernels/test_agreement.py: every bit has to be right."""
+    target, kind, _, runner = WAYS[way]
+    rng = np.random.default_rng([K, seed])
+    N, bases = int(rng.choice((1, 2, 3, 31, 32, 33, 64))), int(rng.integers(1, fmt.MAX_BASES + 1))
+    options = {"dtype": rng.choice((np.float16, np.float32)), "offset": bool(rng.integers(2)), "powers_of_two": True}
+    layer = with_garbage(rng, make_layer(rng, K, N, bases, int(rng.choice(group_sizes(K))), **options))
+    run = runner(compile_product(layer, target, kind), layer, folder)
+    for rows in ROWS:
+        x = rng.integers(-8, 9, (rows, K)).astype(np.float32)
+        assert (run(x) == layer.exact(x)).all(), (layer.spec, rows)
 
 
-SHAPES = [  # K, N, bases, group size, offset
-    (1, 1, 1, 1, True),
-    (130, 33, 3, 64, False),
-    (300, 40, 2, 300, True),
-    (1100, 70, 4, 256, False),
-    (224, 33, 8, 96, True),
-]
+@pytest.mark.parametrize("K", [1, 77, 130])
+def test_sample_of_the_grid(way: str, K: int, tmp_path: Path) -> None:
+    exact_sums(way, K, 0, tmp_path)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_cuda_source(shape: tuple[int, int, int, int, bool], tmp_path: Path) -> None:
-    if CXX is None or CUDA_HEADERS is None:
-        pytest.skip("TVM's CUDA kernels were NOT tested: no C++ compiler, or no CUDA headers in /usr/local/cuda")
-    K, N, bases, group, offset = shape
+@pytest.mark.slow
+@pytest.mark.parametrize("K", range(1, 131))
+def test_grid(way: str, K: int, tmp_path: Path) -> None:
+    exact_sums(way, K, 1, tmp_path)
+
+
+@pytest.mark.parametrize(("K", "N", "bases", "group"), [(1100, 70, 4, 256), (300, 530, 2, 300)])
+def test_large(way: str, K: int, N: int, bases: int, group: int, tmp_path: Path) -> None:
+    """Real numbers, more than a block's share of K, within the promised bound."""
+    target, kind, _, runner = WAYS[way]
     rng = np.random.default_rng(K)
-    layer = with_garbage(rng, make_layer(rng, K, N, bases, group, dtype=np.float16, offset=offset))
-    sources = compile_product(layer, "cuda-sm90", "cuda")
-    library = emulated(sources, tmp_path)
-    for rows in (1, 2, 3, 8, 9, 17):
+    layer = with_garbage(rng, make_layer(rng, K, N, bases, group, dtype=np.float16, offset=K == 300))
+    run = runner(compile_product(layer, target, kind), layer, tmp_path)
+    for rows in ROWS:
         x = rng.standard_normal((rows, K), dtype=np.float32)
-        error = np.abs(run_emulated(library, sources, layer, x) - layer.exact(x))
-        assert (error <= 2 * K * 2.0**-23 * layer.terms(x)).all(), (shape, rows, np.nanmax(error))
+        assert (np.abs(run(x) - layer.exact(x)) <= 2 * K * 2.0**-23 * layer.terms(x)).all(), rows
+
+
+def test_launches() -> None:
+    """Large matrices are cut so that a lane reads more; every way to cut covers all of N and M."""
+    for tiles, wanted in ((10, 1), (600, 2), (1024, 4)):
+        spec = fmt.Spec(4096, 16 * tiles, 3, 128, fmt.LAYOUT_TILED)
+        cut = gpu.launches(spec, cuda=True)
+        assert cut[0].tiles == wanted
+        for launch, rows in zip(cut, (1, 2, 8, 100), strict=True):
+            blocks, groups = launch.grid(spec, rows)
+            assert blocks * launch.tiles >= tiles and groups * launch.rows >= rows and launch.threads <= 256
