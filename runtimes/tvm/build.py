@@ -13,7 +13,7 @@ from qbb_export import folders
 from qbb_export.errors import QbbError
 from qbb_export.files import file_sha256, write_whole
 from qbb_export.runtimes import gate
-from qbb_export.runtimes.tvm.load import LIBRARY, MANIFEST, MANIFEST_VERSION
+from qbb_export.runtimes.tvm.load import MANIFEST, MANIFEST_VERSION
 from qbb_export.runtimes.tvm.targets import Target, find_target
 from qbb_export.runtimes.tvm.versions import PINNED, check_versions
 
@@ -24,7 +24,7 @@ def compile_model(path: str | Path, target: str, output: str | Path, *, force: b
     Args:
         path: the model, data beside it.
         target: a name in ``targets.TARGETS``, or TVM's description as JSON.
-        output: folder to write: ``model.so`` and ``manifest.json``.
+        output: folder to write: ``manifest.json`` and ``model.so``, or ``model.tar`` with object files.
         force: replace a folder that this function wrote.
 
     Returns:
@@ -58,14 +58,14 @@ def compile_model(path: str | Path, target: str, output: str | Path, *, force: b
     folders.make_scratch(scratch)
     try:
         linker = {} if machine.linker is None else {"fcompile": cc.cross_compiler(machine.linker)}
-        executable.export_library(str(scratch / LIBRARY), **linker)
+        executable.export_library(str(scratch / machine.library), **linker)
         known = {value.name for value in graph.initializer}
         manifest = {
             "version": MANIFEST_VERSION,
             "target": {"name": machine.name, **machine.description},
             "device": machine.device,
             "model": {"file": path.name, "sha256": file_sha256(path)},
-            "library": {"file": LIBRARY, "sha256": file_sha256(scratch / LIBRARY)},
+            "library": {"file": machine.library, "sha256": file_sha256(scratch / machine.library)},
             "tvm": PINNED,
             "inputs": [_value(value) for value in graph.input if value.name not in known],
             "outputs": [_value(value) for value in graph.output],

@@ -29,10 +29,10 @@ from tvm import relax
 from tvm.script import tirx as T
 
 from qbb_export.format import TILE_ROWS, WORD_BITS, Spec
+from qbb_export.runtimes.tvm.targets import GPU_KINDS
 
 WARP: Final = 32
 FEW: Final = 8
-KINDS: Final = ("cuda", "opencl", "metal", "webgpu")  # of targets, by TVM's names
 NO_HALF: Final = ("opencl", "webgpu")  # float16 is an extension there, so scales become float32
 
 
@@ -78,7 +78,7 @@ def launches(spec: Spec, *, cuda: bool) -> tuple[Launch, ...]:
 
 def is_gpu(target: Any) -> bool:
     """Whether a ``tvm.target.Target`` is a GPU that we have kernels for."""
-    return str(target.kind.name) in KINDS
+    return str(target.kind.name) in GPU_KINDS
 
 
 def emit(builder: Any, call: Any, target: Any) -> Any:

@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from qbb_export.errors import QbbError
 from qbb_export.files import file_sha256
+from qbb_export.runtimes.tvm.targets import LIBRARY
 from qbb_export.runtimes.tvm.versions import check_versions
 
-LIBRARY: Final = "model.so"
 MANIFEST: Final = "manifest.json"
 MANIFEST_VERSION: Final = 1
 
@@ -84,6 +84,9 @@ def load(folder: str | Path) -> Compiled:
             raise QbbError(
                 "manifest of another version", where=folder, expected=MANIFEST_VERSION, got=manifest["version"]
             )
+        library = manifest["library"]["file"]
+        if library != LIBRARY:
+            raise QbbError("not a library for this machine", where=folder, expected=LIBRARY, got=library)
         digest = file_sha256(folder / LIBRARY)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise QbbError("no compiled model", where=folder, expected=f"{MANIFEST} and {LIBRARY}", got=error) from error

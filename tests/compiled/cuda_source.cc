@@ -17,5 +17,13 @@ inline float __shfl_sync(unsigned, float value, int from, int width) {
 }
 inline float __shfl_xor_sync(unsigned mask, float value, int lanes, int) { return __shfl_xor_sync(mask, value, lanes); }
 
+struct Pointer {  // of whatever type a kernel wants
+  void* p;
+  template <class T>
+  operator T*() const {
+    return static_cast<T*>(p);
+  }
+};
+
 #define alignas(n) __attribute__((aligned(n)))  // nvcc takes it behind __shared__, g++ does not
 #include SOURCE

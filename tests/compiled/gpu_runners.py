@@ -20,8 +20,8 @@ CXX = shutil.which("g++") or shutil.which("clang++")
 CUDA_HEADERS = next((p for p in Path("/usr/local").glob("cuda*/include") if (p / "cuda.h").is_file()), None)
 Run = Callable[[np.ndarray], np.ndarray]
 
-_C_TYPES = {"planes": "uint*", "scales": "half*", "z": "float*", "bias": "float*", "x": "float*", "y": "float*"}
-_C_ARGUMENTS = ", ".join(f"void* {name}" for name in _C_TYPES) + ", int64_t M, unsigned gx, unsigned gy, int threads"
+_NAMES = ("planes", "scales", "z", "bias", "x", "y")
+_C_ARGUMENTS = ", ".join(f"void* {name}" for name in _NAMES) + ", int64_t M, unsigned gx, unsigned gy, int threads"
 
 
 def need_cuda_headers() -> None:
@@ -48,7 +48,7 @@ def emulated_cuda(sources: Sources, layer: Layer, folder: Path) -> Run:
     (folder / "source.cuh").write_text(sources.source)
     calls = ""
     for kernel in sources.kernels:
-        values = ", ".join(a if a == "M" else f"({_C_TYPES[a]}){a}" for a in kernel.arguments)
+        values = ", ".join(a if a == "M" else f"Pointer{{{a}}}" for a in kernel.arguments)
         run = f"return emulate::run(dim3(gx, gy), threads, 0, [=] {{ {kernel.name}({values}); }});"
         calls += f'extern "C" bool run_{kernel.name}({_C_ARGUMENTS}) {{ {run} }}\n'
     (folder / "all.cc").write_text(f'#include "{ROOT}/tests/compiled/cuda_source.cc"\n{calls}')
