@@ -49,7 +49,7 @@ class Compiled:
             QbbError: a missing input, or one of another type or shape.
         """
         sizes: dict[str, int] = {}
-        arguments = []
+        arguments = {}
         for value in self.manifest["inputs"]:
             name = value["name"]
             if name not in feeds:
@@ -61,12 +61,19 @@ class Compiled:
             if not fits:
                 got = f"{array.dtype} {list(array.shape)}"
                 raise QbbError("bad input", where=name, expected=f"{value['dtype']} {value['shape']}", got=got)
-            # A copy, on the CPU too: TVM wants memory that numpy does not always align.
-            arguments.append(self._tvm.runtime.tensor(array, self._device))
-        found = self._machine["main"](*arguments)
+            arguments[name] = self.tensor(array)
+        return {name: tensor.numpy() for name, tensor in self.run_tensors(arguments).items()}
+
+    def tensor(self, array: npt.NDArray[Any]) -> Any:
+        """A copy of an array for :meth:`run_tensors`: TVM wants memory that numpy does not always align."""
+        return self._tvm.runtime.tensor(array, self._device)
+
+    def run_tensors(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """As :meth:`run` with TVM's tensors, which are not looked at and not copied."""
+        found = self._machine["main"](*(feeds[value["name"]] for value in self.manifest["inputs"]))
         names = [value["name"] for value in self.manifest["outputs"]]
         several = [found] if len(names) == 1 and hasattr(found, "numpy") else list(found)
-        return {name: tensor.numpy() for name, tensor in zip(names, several, strict=True)}
+        return dict(zip(names, several, strict=True))
 
 
 def load(folder: str | Path) -> Compiled:

@@ -66,11 +66,11 @@ def variants() -> tuple[Variant, ...]:
     """All of them, best first."""
     return (
         Variant("gpu", lambda target, _: gpu.is_gpu(target), gpu.emit),
-        Variant("cpu", lambda target, _: target.kind.name == "llvm" and not _is_hexagon(target), _on_cpu),
+        Variant("cpu", lambda target, _: target.kind.name == "llvm" and not is_hexagon(target), _on_cpu),
     )
 
 
-def _is_hexagon(target: Any) -> bool:
+def is_hexagon(target: Any) -> bool:
     """For which LLVM takes minutes over vectors that the machine does not have; the reference function has fewer."""
     return str(target.attrs.get("mtriple", "")).startswith("hexagon")
 

@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -104,3 +105,26 @@ def find_target(text: str) -> Target:
             expected=f"{linker} (apt install {target.package})",
         )
     return target
+
+
+def describe(target: Target) -> dict[str, Any]:
+    """What TVM is told; ``native`` gets this machine's CPU, less what a virtual machine hides of it."""
+    description = dict(target.description)
+    if target.name != "native":
+        return description
+    from tvm.target import Target as Described
+    from tvm.target import codegen
+
+    cpu = str(codegen.llvm_get_system_cpu())
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return description
+    flags = {flag.replace("_", "") for line in lines if line.startswith("flags") for flag in line.split()}
+    if not flags:  # not x86, whose features these are
+        return description
+    known = codegen.llvm_get_cpu_features(Described({**description, "mcpu": cpu}))
+    hidden = sorted(
+        f for f in map(str, known) if f.startswith(("avx", "amx", "vaes", "vpclmul", "gfni")) and f not in flags
+    )
+    return {**description, "mcpu": cpu, "mattr": [f"-{feature}" for feature in hidden]}

@@ -13,6 +13,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -22,10 +23,14 @@ from qbb_export import cli, compiling  # noqa: E402
 from qbb_export import format as fmt  # noqa: E402
 from qbb_export.errors import QbbError  # noqa: E402
 from qbb_export.passes.function_body import AttachFunctionBody  # noqa: E402
-from qbb_export.runtimes.tvm import load, operator, versions  # noqa: E402
+from qbb_export.runtimes.decoder import Decoder as OrtDecoder  # noqa: E402
+from qbb_export.runtimes.ort import session  # noqa: E402
+from qbb_export.runtimes.tvm import Decoder, load, operator, versions  # noqa: E402
 from qbb_export.runtimes.tvm.build import compile_model  # noqa: E402
+from qbb_export.runtimes.tvm.importer import import_model  # noqa: E402
+from qbb_export.runtimes.tvm.lower import LowerBinaryBasis  # noqa: E402
 from qbb_export.runtimes.tvm.targets import TARGETS, find_target  # noqa: E402
-from tests.kernels.layers import make_layer, make_node_model, with_garbage  # noqa: E402
+from tests.kernels.layers import make_initializers, make_layer, make_node, make_node_model, with_garbage  # noqa: E402
 
 NATIVE = {"kind": "llvm", "mcpu": "native"}
 
@@ -123,6 +128,86 @@ def test_the_runtime_alone_is_enough(folder: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TVM_USE_RUNTIME_LIB": "1"}
     )
     assert done.returncode == 0 and "(1, 12, 97)" in done.stdout, done.stderr
+
+
+def greedy(decoder: object, prompt: np.ndarray, count: int) -> list[int]:
+    """The most likely tokens, and no tie among them that rounding could decide."""
+    tokens, new = [], prompt
+    for _ in range(count):
+        logits = decoder.step(new)[0, -1]  # type: ignore[attr-defined]
+        tokens.append(int(logits.argmax()))
+        new = np.asarray([tokens[-1:]], np.int64)
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def generating_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnxruntime_genai")
+    from tests.unit.models import tiny_decoder
+
+    folder = tmp_path_factory.mktemp("generates")
+    source, _ = tiny_decoder("llama", folder / "hf")
+    arguments = [str(source), "-o", str(folder / "g"), "--recipe", "rtn", "--bases", "3", "--group-size", "32"]
+    assert cli.export_main([*arguments, "--no-verify"]) == 0
+    return folder / "g"
+
+
+def test_decoder_with_a_cache(generating_folder: Path, tmp_path: Path) -> None:
+    """Token by token, and several at once behind others; both sides with what they kept themselves."""
+    model = generating_folder / "model.onnx"
+    rows = compiling.compile_and_compare(model, "native", tmp_path / "out")
+    assert [row.output for row in rows] == ["logits", "logits after a token more"] and all(row.ok for row in rows)
+    compiled = load(tmp_path / "out")
+    prompt = np.asarray([[5, 9, 2, 11, 7]])
+    ours, theirs = Decoder(compiled), OrtDecoder(session(model), 64)
+    assert greedy(ours, prompt, 20) == greedy(theirs, prompt, 20)
+    more = np.asarray([[3, 1, 4, 1, 5, 9]])
+    a, b = ours.step(more), theirs.step(more)
+    assert a.shape == b.shape and np.abs(a - b).max() <= 1e-4 * np.abs(b).max()
+
+
+def test_not_a_decoder(folder: Path) -> None:
+    with pytest.raises(QbbError, match=r"not a decoder with a cache; expected inputs past_key_values\.\*"):
+        Decoder(load(folder))
+
+
+def test_real_decoder(shared: Path, tmp_path: Path) -> None:
+    """The same words as ONNX Runtime writes."""
+    pytest.importorskip("onnxruntime_genai")
+    source = shared / "models" / "gutenberg-llama-28m"
+    arguments = [str(source), "-o", str(tmp_path / "g"), "--recipe", "rtn", "--bases", "3"]
+    assert cli.export_main([*arguments, "--no-verify"]) == 0
+    compile_model(tmp_path / "g" / "model.onnx", "native", tmp_path / "out")
+    prompt = np.asarray([[83, 12, 280, 261, 1059]])
+    theirs = OrtDecoder(session(tmp_path / "g" / "model.onnx"), 128)
+    assert greedy(Decoder(load(tmp_path / "out")), prompt, 64) == greedy(theirs, prompt, 64)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int16"])
+def test_modes(language_model: Path, tmp_path: Path, mode: str) -> None:
+    """Another mode than the file's; rounded as our own kernels round."""
+    (row,) = compiling.compile_and_compare(language_model, "native", tmp_path / "out", mode=mode)
+    assert row.ok and row.error > 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["mode"] == mode
+    with pytest.raises(QbbError, match="unknown mode; expected exact or int8 or int16; got int4"):
+        compile_model(language_model, "native", tmp_path / "other", mode="int4")
+
+
+def test_layers_with_one_input_share_its_tables(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    layers = [make_layer(rng, 64, n, 3, 32, dtype=np.float16) for n in (16, 48)]
+    nodes = [make_node(layer, y=f"Y{i}", prefix=f"l{i}.", name=f"n{i}") for i, layer in enumerate(layers)]
+    initializers = [tensor for i, layer in enumerate(layers) for tensor in make_initializers(layer, f"l{i}.")]
+    x = onnx.helper.make_tensor_value_info("X", onnx.TensorProto.FLOAT, ["M", 64])
+    ys = [onnx.helper.make_tensor_value_info(f"Y{i}", onnx.TensorProto.FLOAT, ["M", n]) for i, n in enumerate((16, 48))]
+    graph = onnx.helper.make_graph(nodes, "two", [x], ys, initializers)
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("qbb", 1)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "m.onnx")
+    target = tvm.target.Target(dict(NATIVE))
+    module = LowerBinaryBasis(target)(import_model(tmp_path / "m.onnx")[0])
+    module = tvm.relax.transform.EliminateCommonSubexpr()(module)
+    text = module["main"].script()
+    assert text.count("R.call_tir(cls.activations_64") == 1 and text.count("R.call_tir(cls.binary_basis_matmul_64") == 2
 
 
 @pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if target.linker is not None])

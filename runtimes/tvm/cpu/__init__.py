@@ -5,17 +5,23 @@ It is that of our ONNX Runtime kernels (custom_ops/README.md), written in TVM's 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 from tvm import relax, tirx
 from tvm.target import codegen
 
+from qbb_export.format import TILE_ROWS, Spec
 from qbb_export.runtimes.tvm.cpu import activations
 from qbb_export.runtimes.tvm.cpu.arm import Neon, NeonDot
+from qbb_export.runtimes.tvm.cpu.floats import legalizations
 from qbb_export.runtimes.tvm.cpu.geometry import Geometry
 from qbb_export.runtimes.tvm.cpu.isa import Isa
 from qbb_export.runtimes.tvm.cpu.products import Product
+from qbb_export.runtimes.tvm.cpu.schedule import schedule_rest
 from qbb_export.runtimes.tvm.cpu.x86 import Avx2, Avx512, Avx512Vnni
 
 EXACT, INT8, INT16 = range(3)
@@ -48,6 +54,61 @@ def most_few_rows(bases: int, mode: int) -> int | None:
     return _FEW_ROWS if mode == EXACT else None
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """The functions of one matrix.
+
+    Attributes:
+        prepare: of X: what is made of it alone, several outputs.
+        product: of X, those, the constants, and Y.
+        constants: in the order of reading.
+        made: for M rows, a number or an expression: sizes and types of the outputs of ``prepare``.
+    """
+
+    prepare: Any
+    product: Any
+    constants: list[npt.NDArray[Any]]
+    made: Callable[[Any], list[tuple[Any, str]]]
+
+
+def kernels(
+    isa: Isa,
+    spec: Spec,
+    mode: int,
+    planes: npt.NDArray[np.uint32],
+    scales: npt.NDArray[np.floating],
+    offset: npt.NDArray[np.float32],
+    bias: npt.NDArray[np.float32],
+) -> Kernels:
+    """What :class:`lower.Call` says, for an instruction set."""
+    valid = (np.arange(spec.tiles * TILE_ROWS).reshape(-1, 1, TILE_ROWS) < spec.N) & np.ones(offset.shape, bool)
+    g = Geometry(spec, bool(np.any(offset[valid] != 0)))
+    size, limit = mode, most_few_rows(spec.bases, mode)
+
+    def made(M: Any) -> list[tuple[Any, str]]:
+        if size:
+            return [
+                (activations.codes_shape(g, M, size, limit), "int8"),
+                (M * g.blocks, "float32"),
+                (M * g.blocks, "float32"),
+            ]
+        rows = tirx.min(M, tirx.const(limit, "int64"))
+        return [(rows * (g.words * activations.TABLE), "float32"), (rows * g.blocks, "float32")]
+
+    if size:
+        prepare = activations.byte_tables(g, size, limit)
+    else:
+        assert limit is not None
+        prepare = activations.float_tables(isa, g, limit)
+    if not isa.half_scales:
+        scales = scales.astype(np.float32)
+    product = Product(isa, g, str(scales.dtype), size, limit)
+    constants = [isa.planes(g.planes(planes), product.order), g.scales(scales), bias]
+    if g.has_offset:
+        constants.append(offset)
+    return Kernels(prepare, product.function(), constants, made)
+
+
 def emit(builder: Any, call: Any, isa: Isa) -> Any:
     """The product as calls of two functions: one of X alone, which layers with the same X share.
 
@@ -56,33 +117,15 @@ def emit(builder: Any, call: Any, isa: Isa) -> Any:
         call: ``lower.Call``.
         isa: the instruction set.
     """
-    spec, mode = call.spec, call.mode
-    offset = call.offset.value.numpy()
-    valid = (np.arange(spec.tiles * 16).reshape(-1, 1, 16) < spec.N) & np.ones(offset.shape, bool)
-    g = Geometry(spec, bool(np.any(offset[valid] != 0)))
-    size = (0, 1, 2)[mode]
-    limit = most_few_rows(spec.bases, mode)
-    M = call.rows
-    rows = M if size or limit is None else tirx.min(M, tirx.const(limit, "int64"))
-    if size:
-        prepare = activations.byte_tables(isa, g, size, limit)
-        shapes = [(activations.codes_shape(g, M, size, limit), "int8"), (M * g.blocks, "float32")]
-    else:
-        assert limit is not None
-        prepare = activations.float_tables(isa, g, limit)
-        shapes = [(rows * (g.words * activations.TABLE), "float32")]
-    shapes.append((rows * g.blocks, "float32"))
-    types = [relax.TensorType((extent,), dtype) for extent, dtype in shapes]
-    made = builder.emit(relax.call_tir(builder.add_func(prepare, f"activations_{spec.K}"), [call.x], out_ty=types))
-    scales = call.scales.value.numpy()
-    product = Product(isa, g, str(scales.dtype), size, limit)
-    constants = [isa.planes(g.planes(call.planes.value.numpy()), product.order), g.scales(scales)]
-    constants.append(call.bias.value.numpy())
-    if g.has_offset:
-        constants.append(offset)
-    arguments = [call.x, *(relax.TupleGetItem(made, i) for i in range(len(types))), *map(relax.const, constants)]
-    function = builder.add_func(product.function(), f"binary_basis_matmul_{spec.K}_{spec.N}_{spec.bases}")
-    return relax.call_tir(function, arguments, out_ty=relax.TensorType((M, spec.N), "float32"))
+    spec, M = call.spec, call.rows
+    arrays = [value.value.numpy() for value in (call.planes, call.scales, call.offset, call.bias)]
+    k = kernels(isa, spec, call.mode, *arrays)
+    types = [relax.TensorType((extent,), dtype) for extent, dtype in k.made(M)]
+    made = builder.emit(relax.call_tir(builder.add_func(k.prepare, f"activations_{spec.K}"), [call.x], out_ty=types))
+    parts = [relax.TupleGetItem(made, i) for i in range(len(types))]
+    function = builder.add_func(k.product, f"binary_basis_matmul_{spec.K}_{spec.N}_{spec.bases}")
+    y = relax.TensorType((M, spec.N), "float32")
+    return relax.call_tir(function, [call.x, *parts, *map(relax.const, k.constants)], out_ty=y)
 
 
-__all__ = ["emit", "isa_of", "most_few_rows"]
+__all__ = ["Kernels", "emit", "isa_of", "kernels", "legalizations", "most_few_rows", "schedule_rest"]

@@ -49,7 +49,7 @@ def float_tables(isa: Isa, g: Geometry, limit: int) -> Any:
     return ir.function(f"float_tables_{g.spec.K}", build)
 
 
-def byte_tables(isa: Isa, g: Geometry, size: int, limit: int | None) -> Any:
+def byte_tables(g: Geometry, size: int, limit: int | None) -> Any:
     """PrimFunc of X ``[M, K]``; out: int8, and float32 steps and totals ``[blocks·M]`` of the codes.
 
     Up to ``limit`` rows (None: however many) the first are tables of sums, ``[words, M, size, 128]``; above, codes
@@ -57,12 +57,10 @@ def byte_tables(isa: Isa, g: Geometry, size: int, limit: int | None) -> Any:
     With ``size`` 2 there are no codes: products are those of floats.
 
     Args:
-        isa: the instruction set.
         g: the matrix.
         size: bytes of an entry, 1 or 2.
         limit: most rows for tables.
     """
-    del isa  # whole numbers, the same for all
 
     def build() -> None:
         M = T.int64()

@@ -17,6 +17,7 @@ class Neon(Isa):
     """
 
     name = "neon"
+    half_scales = True
     float_order = BY_BYTE
     byte_order = BY_PAIR
     float_rows, byte_rows = 2, 4

@@ -34,12 +34,15 @@ class Isa:
         float_order, byte_order: bytes of the 16 words of a tile, in the order that look-ups want them in.
         float_rows, byte_rows: rows of X at a time, a power of two.
         float_sums, byte_sums: rows times bases at a time.
+        half_scales: whether there are instructions for float16. Without, a conversion is a call of a function, and on
+            riscv64 one number in many came out wrong behind such calls (LLVM 22 in TVM 0.27).
         product_rows: rows of X at a time in a product of floats.
     """
 
     name = "portable"
     float_order: ClassVar[tuple[int, ...]] = NATURAL
     byte_order: ClassVar[tuple[int, ...]] = NATURAL
+    half_scales = False
     float_rows, byte_rows = 1, 1
     float_sums, byte_sums = 1, 1
     product_rows, product_tiles = 2, 1

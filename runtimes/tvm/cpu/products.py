@@ -192,7 +192,7 @@ class Product:
             with T.serial(0, left) as w:
                 word = block * words + w
                 group = word // g.group_words
-                scales = [Register("uint32", _bits(self._scale(tile, group, b))) for b in range(spec.bases)]
+                scales = [Register("float32", self._scale(tile, group, b)) for b in range(spec.bases)]
                 z = Register("float32", load(self.offset, tile, group, 0)) if g.has_offset else None
                 bits = [
                     Register("uint32", self.isa.words(self.planes, (tile, word, b), self.order))
@@ -202,8 +202,9 @@ class Product:
                     bit = k % 16 // 4 * 8 + k % 4 + k // 16 * 4
                     total = None if z is None else z.value
                     for b in range(spec.bases):
-                        minus = ~(bits[b].value << splat(31 - bit, "uint32")) & splat(0x80000000, "uint32")
-                        value = T.reinterpret("float32x16", scales[b].value ^ minus)
+                        plus = T.reinterpret("int32x16", bits[b].value << splat(31 - bit, "uint32")) < splat(0, "int32")
+                        s = scales[b].value
+                        value = tirx.Select(plus, s, -s)
                         total = value if total is None else total + value
                     store(weights, total, ((w * WORD_BITS + k) * T_ + t) * LANES)
 
@@ -283,10 +284,6 @@ class Product:
                     store(acc, load(acc, at + r, t * LANES) + p * load(steps, t * LANES), at + r, t * LANES)
 
         self._many(g.block_words, "int8", expand, multiply)
-
-
-def _bits(value: Any) -> Any:
-    return T.reinterpret("uint32x16", value)
 
 
 def _four_times(whole: Any) -> Any:

@@ -14,6 +14,7 @@ class Avx2(Isa):
     """x86 with AVX2, FMA and F16C: bit 3 of a nibble picks between two tables of eight floats."""
 
     name = "avx2"
+    half_scales = True
     byte_order = BY_BYTE
     float_rows, byte_rows = 2, 2
     float_sums, byte_sums = 4, 4
