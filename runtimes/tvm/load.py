@@ -91,7 +91,7 @@ def load(folder: str | Path) -> Compiled:
             raise QbbError(
                 "manifest of another version", where=folder, expected=MANIFEST_VERSION, got=manifest["version"]
             )
-        library = manifest["library"]["file"]
+        library, _ = manifest["library"]["file"], manifest["device"]
         if library != LIBRARY:
             raise QbbError("not a library for this machine", where=folder, expected=LIBRARY, got=library)
         digest = file_sha256(folder / LIBRARY)
