@@ -135,9 +135,20 @@ def _reshape(builder: Any, inputs: Any, attributes: dict[str, Any], parameters: 
     return onnx_frontend.Reshape.get_converter(13)(builder, inputs, attributes, parameters)
 
 
+def _slice(builder: Any, inputs: Any, attributes: dict[str, Any], parameters: Any) -> Any:
+    ends = inputs[2].value.numpy().tolist() if isinstance(inputs[2], tvm.ir.GenericConst) else []
+    if any(end >= _FAR for end in ends) and hasattr(inputs[0].ty, "shape"):
+        sizes = inputs[0].ty.shape.values
+        axes = _array(inputs[3]).tolist() if inputs[3] is not None else range(len(ends))
+        inputs[2] = relax.ShapeExpr([sizes[axis] if end >= _FAR else end for axis, end in zip(axes, ends, strict=True)])
+    return onnx_frontend.Slice.get_converter(13)(builder, inputs, attributes, parameters)
+
+
+_FAR: Final = 2**31 - 1  # as an end: the size. Exporters write 2**63 - 1, with which GPU schedules overflow
 _CONVERTERS: Final[dict[str, Callable[..., Any]]] = {
     **contrib.CONVERTERS,
     OP_TYPE: _binary_basis_matmul,
     "Range": _range,
     "Reshape": _reshape,
+    "Slice": _slice,
 }

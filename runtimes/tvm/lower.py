@@ -15,7 +15,7 @@ from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from qbb_export.format import Spec
-from qbb_export.runtimes.tvm import cpu, operator
+from qbb_export.runtimes.tvm import cpu, gpu, operator
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,15 @@ class Variant:
 
 def variants() -> tuple[Variant, ...]:
     """All of them, best first."""
-    return (Variant("cpu", lambda target, _: target.kind.name == "llvm", _on_cpu),)
+    return (
+        Variant("gpu", lambda target, _: gpu.is_gpu(target), gpu.emit),
+        Variant("cpu", lambda target, _: target.kind.name == "llvm" and not is_hexagon(target), _on_cpu),
+    )
+
+
+def is_hexagon(target: Any) -> bool:
+    """For which LLVM takes minutes over vectors that the machine does not have; the reference function has fewer."""
+    return str(target.attrs.get("mtriple", "")).startswith("hexagon")
 
 
 def _on_cpu(builder: Any, call: Call, target: Any) -> Any:

@@ -35,7 +35,7 @@ def tag_of(function: Any) -> tuple[Spec, int] | None:
     return Spec(*numbers), mode
 
 
-def exact(spec: Spec, scale_dtype: str) -> Any:
+def exact(spec: Spec, scale_dtype: str, *, threads: bool = True) -> Any:
     """PrimFunc of X float32 ``[M, K]`` (M is free), planes uint32 ``[bases, tiles, words, 16]``, scales ``scale_dtype``
     ``[bases, tiles, groups, 16]``, offset float32 ``[tiles, groups, 16]``, bias float32 ``[tiles, 16]`` and
     Y float32 ``[M, N]``.
@@ -43,7 +43,9 @@ def exact(spec: Spec, scale_dtype: str) -> Any:
     Args:
         spec: layout 1.
         scale_dtype: ``"float16"`` or ``"float32"``.
+        threads: False: for programs without TVM's runtime, which has the threads.
     """
+    tile_loop = T.parallel if threads else T.serial
     K, N, bases, tiles, words, groups = spec.K, spec.N, spec.bases, spec.tiles, spec.words, spec.groups
     group_words = words if spec.group_size == K else spec.group_size // WORD_BITS
     rest = K - (words - 1) * WORD_BITS  # inputs of the last word
@@ -62,7 +64,7 @@ def exact(spec: Spec, scale_dtype: str) -> Any:
         x = T.match_buffer(x_handle, (M, K), "float32")
         y = T.match_buffer(y_handle, (M, N), "float32")
         with T.sblock("root"):
-            for tile in T.parallel(tiles):
+            for tile in tile_loop(tiles):
                 for row in T.serial(M):
                     with T.sblock("tile"):
                         t = T.axis.spatial(tiles, tile)

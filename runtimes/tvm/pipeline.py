@@ -8,8 +8,9 @@ import tvm
 from tvm import relax
 from tvm.relax.backend.cpu_generic import pipeline as generic
 
-from qbb_export.runtimes.tvm import cpu
-from qbb_export.runtimes.tvm.lower import LowerBinaryBasis
+from qbb_export.runtimes.tvm import cpu, gpu_pipeline
+from qbb_export.runtimes.tvm.gpu import is_gpu
+from qbb_export.runtimes.tvm.lower import LowerBinaryBasis, is_hexagon
 
 
 def pipeline(target: Any) -> Any:
@@ -18,10 +19,17 @@ def pipeline(target: Any) -> Any:
     def run(module: Any, _: Any) -> Any:
         with target:
             common = [LowerBinaryBasis(target), relax.transform.EliminateCommonSubexpr()]
-            passes = [*common, *(_cpu(target) if target.kind.name == "llvm" else [relax.get_default_pipeline(target)])]
-            return tvm.transform.Sequential(passes)(module)
+            return tvm.transform.Sequential([*common, *_rest(target)])(module)
 
     return tvm.transform.module_pass(run, opt_level=0, name="qbb_pipeline")
+
+
+def _rest(target: Any) -> list[Any]:
+    if is_gpu(target):
+        return gpu_pipeline.passes(target)
+    if is_hexagon(target):
+        return [relax.get_default_pipeline(target)]
+    return _cpu(target)
 
 
 def _cpu(target: Any) -> list[Any]:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +225,62 @@ def test_other_machines(tmp_path: Path, name: str) -> None:
     head = (tmp_path / "out" / "model.so").read_bytes()[:20]
     machines = {"aarch64": 183, "riscv64": 243}
     assert head[:4] == b"\x7fELF" and head[18] == machines[target.machine]
+
+
+@pytest.fixture(scope="module")
+def one_node(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    layer = make_layer(np.random.default_rng(0), 130, 33, 2, 64, dtype=np.float16)
+    model = ir.from_proto(make_node_model(layer))
+    AttachFunctionBody()(model)
+    path = tmp_path_factory.mktemp("one") / "m.onnx"
+    ir.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"),
+    [
+        ("opencl", b"__kernel void"),
+        ("webgpu", b"@compute @workgroup_size"),
+        ("metal", b"kernel void"),
+        ("cuda-sm90", b".nv.info"),  # machine code, not source
+        ("wasm32", b"\0asm"),
+        ("hexagon", b"\x7fELF\x01"),
+    ],
+)
+def test_machines_without_a_runtime_here(one_node: Path, tmp_path: Path, name: str, mark: bytes) -> None:
+    """What is written is for that machine, and is refused here by name."""
+    if name == "cuda-sm90" and shutil.which("nvcc") is None:
+        with pytest.raises(
+            QbbError, match=r"cuda-sm90: no compiler for its kernels; expected nvcc \(CUDA toolkit 13\)"
+        ):
+            find_target(name)
+        pytest.skip("cuda-sm90 was NOT compiled for: no nvcc")
+    compile_model(one_node, name, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    file = tmp_path / "out" / manifest["library"]["file"]
+    if file.suffix == ".tar":
+        with tarfile.open(file) as objects:
+            assert {objects.extractfile(member).read(len(mark)) for member in objects} == {mark}  # type: ignore[union-attr]
+    else:
+        assert mark in file.read_bytes()
+    if name in ("wasm32", "hexagon"):
+        with pytest.raises(QbbError, match=r"not a library for this machine; expected model\.so; got model\.tar"):
+            load(tmp_path / "out")
+    elif name != "cuda-sm90" or not tvm.cuda().exist:
+        with pytest.raises(QbbError, match=f"no device for a compiled model; .* got no {manifest['device']} here"):
+            load(tmp_path / "out")
+
+
+def test_a_target_in_tvm_s_words(one_node: Path, tmp_path: Path) -> None:
+    """A GPU by JSON gets a GPU's kernels."""
+    described = '{"kind": "opencl", "max_num_threads": 128, "host": {"kind": "llvm"}}'
+    compile_model(one_node, described, tmp_path / "out")
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["device"] == "opencl"
+    assert b"__kernel void" in (tmp_path / "out/model.so").read_bytes()
+    for wrong in ("{}", '{"kind": "abacus"}', '{"kind": "opencl", "wheels": 4}'):
+        with pytest.raises(QbbError, match="TVM refuses the target"):
+            compile_model(one_node, wrong, tmp_path / "other")
 
 
 def test_bad_targets_and_output(language_model: Path, folder: Path) -> None:
