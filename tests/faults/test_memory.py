@@ -58,7 +58,7 @@ class Starved:
             middle = (low + high) // 2
             low, high = (low, middle) if self.suffices(middle) else (middle, high)
         refused = sum(not self.suffices(high * level // LEVELS) for level in range(LEVELS))
-        print(f"{refused} of {LEVELS} levels below {high / 1e6:.0f} MB: one line each; the others were enough")
+        print(f"{refused} of {LEVELS} levels below {high / 1e6:.0f} MB (of {self.took / 1e6:.0f}): one line each")
         assert refused >= LEVELS - 3  # the least that suffices is not always the same
 
 

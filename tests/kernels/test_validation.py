@@ -142,6 +142,22 @@ def test_run_checks() -> None:
     run(1, 0, None, None)  # no rows, nothing to read
 
 
+@pytest.mark.parametrize("mode", [-1, 3])
+def test_unknown_mode(mode: int) -> None:
+    with pytest.raises(
+        abi.Failed, match=rf"unknown mode; expected 0 \(exact\), 1 \(int8\) or 2 \(int16\); got {mode}$"
+    ):
+        abi.Kernel(small(), mode=mode)
+
+
+@pytest.mark.parametrize("K,N", [(100, 20), (20, 100)])
+def test_rows_are_counted_by_the_longer_of_x_and_y(K: int, N: int) -> None:
+    kernel = abi.Kernel(make_layer(np.random.default_rng(0), K, N, 2))
+    rows = 2**63 // (4 * 60)  # too many for 100 numbers a row, not for 20
+    with pytest.raises(abi.Failed, match=rf"too many rows of X; expected less than 2\^63 bytes of X and Y; got {rows}"):
+        abi.call(abi.library().qbb_kernel_run, kernel.handle, 1, rows, None, None, None, None)
+
+
 def test_missing_arguments() -> None:
     lib = abi.library()
     handle = ctypes.c_void_p()
@@ -162,7 +178,8 @@ def test_messages_are_cut_and_terminated() -> None:
     lib = abi.library()
     assert lib.qbb_matrix_validate(ctypes.byref(matrix), buffer, 10) == abi.INVALID
     assert buffer.raw[:11] == b"unknown f\0x"
-    assert lib.qbb_matrix_validate(ctypes.byref(matrix), None, 0) == abi.INVALID
+    for size in (0, 10):
+        assert lib.qbb_matrix_validate(ctypes.byref(matrix), None, size) == abi.INVALID
     assert lib.qbb_matrix_validate(ctypes.byref(matrix), buffer, 0) == abi.INVALID
     assert buffer.raw[:11] == b"unknown f\0x"
 
@@ -216,6 +233,15 @@ def test_weights_and_inputs_at_any_address(layout: int, dtype: type) -> None:
 def test_one_offset_and_one_bias_for_all(layout: int, offset: float, bias: float) -> None:
     layer = make_layer(np.random.default_rng(1), 100, 20, 2, 32, layout=layout, powers_of_two=True)
     layer = replace(layer, offset=np.full((1, 1), offset, np.float32), bias=np.full(1, bias, np.float32))
+    check_exact(layer)
+
+
+def test_one_row_has_an_offset_for_each_group() -> None:
+    """[1, 4] is not [1, 1]."""
+    check_exact(make_layer(np.random.default_rng(1), 100, 1, 2, 32, layout=fmt.LAYOUT_ROWS, powers_of_two=True))
+
+
+def check_exact(layer: Layer) -> None:
     x = np.random.default_rng(2).integers(-8, 9, (3, 100)).astype(np.float32)
     np.testing.assert_array_equal(abi.Kernel(layer)(x), layer.exact(x).astype(np.float32), strict=True)
 

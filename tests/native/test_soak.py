@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.native.build import CXX, ENVIRONMENT, OPS, ROOT, build_driver, build_library, build_sanitized, run
-from tests.native.coverage import branches
+from tests.native.coverage import FLAGS, VALIDATORS, decisions
 from tests.native.mutants import MUTANTS, Mutant
 
 pytestmark = [pytest.mark.soak, pytest.mark.skipif(CXX is None, reason="no C++ compiler: set CXX")]
@@ -25,6 +25,10 @@ RUNS = 1_000_000
 VALIDATION = ["tests/kernels/test_validation.py", "tests/kernels/test_ort.py", "tests/kernels/test_modes_ort.py"]
 
 
+def find_clang() -> str | None:
+    return next(filter(None, map(shutil.which, ("clang++", "clang++-14", "clang++-16", "clang++-19"))), None)
+
+
 @pytest.fixture(scope="module")
 def checked_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_sanitized(tmp_path_factory.mktemp("checked"), ADDRESS)
@@ -32,7 +36,7 @@ def checked_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_million_inputs(tmp_path: Path) -> None:
     """R4: libFuzzer where Clang is; else random changes of the kept inputs, which find less in as many runs."""
-    clang = next(filter(None, map(shutil.which, ("clang++", "clang++-14", "clang++-16", "clang++-19"))), None)
+    clang = find_clang()
     options = [f"-DQBB_SANITIZE={ADDRESS}", "-DQBB_FUZZ=ON"]
     build_library(tmp_path, *options, flags="-O2", compiler=clang or CXX, limit=HOUR)
     fuzzer = tmp_path / "abi_fuzz"
@@ -90,10 +94,10 @@ def test_the_kernel_suite_under_asan_and_ubsan(checked_library: Path) -> None:
 # --- R18: every check of the validators is needed ---------------------------------------------------------------------
 
 
-def validate(library: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def validate(library: Path, **more: str) -> subprocess.CompletedProcess[str]:
     """The tests of the validators with another build of the library, up to the first that fails."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *VALIDATION, *more]
-    environment = {**ENVIRONMENT, "QBB_LIBRARY": str(library)}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *VALIDATION]
+    environment = {**ENVIRONMENT, **more, "QBB_LIBRARY": str(library)}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=900)
 
 
@@ -142,17 +146,20 @@ def test_every_check_is_needed(sources: Path, tmp_path: Path) -> None:
     assert survivors == []
 
 
-def test_every_branch_is_taken(tmp_path: Path) -> None:
-    """R18: the tests of the validators, counted by gcov."""
-    if shutil.which("gcov") is None or "clang" in str(CXX):
-        pytest.skip("no gcov: the branches of the validators were NOT counted")
-    library = build_library(tmp_path, "-DCMAKE_CXX_FLAGS=--coverage", "-DQBB_WERROR=OFF", flags="-O0")
-    done = validate(library)
+def test_every_decision_is_taken_both_ways(tmp_path: Path) -> None:
+    """R18: the tests of the validators, counted by Clang."""
+    clang = find_clang()
+    version = "" if clang is None else Path(clang).name.removeprefix("clang++")
+    if clang is None or shutil.which(f"llvm-cov{version}") is None:
+        pytest.skip("no clang++ with llvm-cov: the decisions of the validators were NOT counted")
+    library = build_library(tmp_path, f"-DCMAKE_CXX_FLAGS={FLAGS}", flags="-O0", compiler=clang)
+    done = validate(library, LLVM_PROFILE_FILE=str(tmp_path / "%p.profraw"))
     assert done.returncode == 0, done.stdout[-3000:]
-    counted = branches(tmp_path, OPS)
+    counted = decisions(library, list(tmp_path.glob("*.profraw")), OPS, version)
+    assert [file.file for file in counted] == sorted(VALIDATORS)
     for file in counted:
-        print(f"{file.file:16} {file.taken:3} of {file.total:3} branches")
+        print(f"{file.file:16} {file.taken:3} of {file.total:3}")
         for line, text in file.missed:
             print(f"    line {line}: {text}")
-    assert all(file.total > 5 for file in counted)
+    assert all(file.total >= 6 for file in counted)
     assert [(file.file, *missed) for file in counted for missed in file.missed] == []
