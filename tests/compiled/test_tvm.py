@@ -171,6 +171,7 @@ def test_not_a_decoder(folder: Path) -> None:
         Decoder(load(folder))
 
 
+@pytest.mark.slow
 def test_real_decoder(shared: Path, tmp_path: Path) -> None:
     """The same words as ONNX Runtime writes."""
     pytest.importorskip("onnxruntime_genai")
@@ -183,7 +184,7 @@ def test_real_decoder(shared: Path, tmp_path: Path) -> None:
     assert greedy(Decoder(load(tmp_path / "out")), prompt, 64) == greedy(theirs, prompt, 64)
 
 
-@pytest.mark.parametrize("mode", ["int8", "int16"])
+@pytest.mark.parametrize("mode", ["int8"])
 def test_modes(language_model: Path, tmp_path: Path, mode: str) -> None:
     """Another mode than the file's; rounded as our own kernels round."""
     (row,) = compiling.compile_and_compare(language_model, "native", tmp_path / "out", mode=mode)
@@ -206,18 +207,21 @@ def test_layers_with_one_input_share_its_tables(tmp_path: Path) -> None:
     target = tvm.target.Target(dict(NATIVE))
     module = LowerBinaryBasis(target)(import_model(tmp_path / "m.onnx")[0])
     module = tvm.relax.transform.EliminateCommonSubexpr()(module)
-    text = module["main"].script()
-    assert text.count("R.call_tir(cls.activations_64") == 1 and text.count("R.call_tir(cls.binary_basis_matmul_64") == 2
+    text = module["main"].script(show_meta=False)
+    assert text.count("R.call_tir(activations_64") == 1 and text.count("R.call_tir(binary_basis_matmul_64") == 2
 
 
 @pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if target.linker is not None])
-def test_other_machines(language_model: Path, tmp_path: Path, name: str) -> None:
+def test_other_machines(tmp_path: Path, name: str) -> None:
     target = TARGETS[name]
     if shutil.which(target.linker or "") is None:
         with pytest.raises(QbbError, match=re.escape(f"expected {target.linker} (apt install {target.package})")):
             find_target(name)
         pytest.skip(f"{name} was NOT compiled for: no {target.linker}")
-    assert compiling.compile_and_compare(language_model, name, tmp_path / "out") == []
+    model = ir.from_proto(make_node_model(make_layer(np.random.default_rng(0), 64, 16, 2, 32)))
+    AttachFunctionBody()(model)
+    ir.save(model, tmp_path / "m.onnx")
+    assert compiling.compile_and_compare(tmp_path / "m.onnx", name, tmp_path / "out") == []
     head = (tmp_path / "out" / "model.so").read_bytes()[:20]
     machines = {"aarch64": 183, "riscv64": 243}
     assert head[:4] == b"\x7fELF" and head[18] == machines[target.machine]

@@ -21,7 +21,7 @@ class Neon(Isa):
     float_order = BY_BYTE
     byte_order = BY_PAIR
     float_rows, byte_rows = 2, 4
-    float_sums, byte_sums = 2, 4
+    float_sums, byte_sums = 1, 4
     product_rows, product_tiles = 4, 1
     byte_product_rows = 4
 

@@ -17,7 +17,7 @@ class Avx2(Isa):
     half_scales = True
     byte_order = BY_BYTE
     float_rows, byte_rows = 2, 2
-    float_sums, byte_sums = 4, 4
+    float_sums, byte_sums = 1, 4
     product_rows, product_tiles = 6, 1
     byte_product_rows = 4
 
@@ -87,7 +87,7 @@ class Avx512(Avx2):
     """AVX-512 (F, BW, VL): a table of floats is one register. Bytes as with AVX2."""
 
     name = "avx512"
-    float_rows, float_sums = 4, 8
+    float_rows, float_sums = 4, 6
     product_rows, product_tiles = 12, 2
 
     def float_index(self, planes: Any, at: tuple[Any, ...]) -> Any:
