@@ -152,7 +152,7 @@ def test_other_machines(name: str, tmp_path: Path) -> None:
     target, (isa, command) = TARGETS[name], OTHERS[name]
     missing = [tool for tool in (target.linker or "", command[0]) if shutil.which(tool) is None]
     if missing:
-        pytest.skip(f"kernels for {name} were NOT tested: no {', '.join(missing)} (.ci/arm-tools)")
+        pytest.skip(f"kernels for {name} were NOT tested: no {', '.join(missing)} (.ci/device-tools)")
     grid, modes = some_jobs(np.random.default_rng(2), 3)
     library = Library(describe(target), [*grid, *modes])
     assert library.isa.name == isa
