@@ -201,6 +201,7 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks) cluster(const W
             wait_for_products<1>();  // registers of the set before can be written, and those of the chunk before read
             if constexpr (!How::kDirect) {
               if (i == 0 && u > 0) {
+                hold(of_chunk[(u + 1) % 2]);
                 How::template add<kBases>(sums, of_chunk[(u + 1) % 2], z[(u + 1) % 2], number + (u - 1) * kTokens, t,
                                           w.offset != nullptr);
               }
@@ -208,7 +209,10 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks) cluster(const W
           }
         }
         wait_for_products<0>();
-        if constexpr (!How::kDirect) {
+        if constexpr (How::kDirect) {
+          hold(sums);
+        } else {
+          hold(of_chunk[1]);
           How::template add<kBases>(sums, of_chunk[1], z[1], number + (Plan::kPiece - 1) * kTokens, t, w.offset != nullptr);
         }
         stage += Plan::kWarpgroups;

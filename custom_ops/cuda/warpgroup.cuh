@@ -171,6 +171,16 @@ __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kOpen) : "memory");
 }
 
+// Sums are read after the wait before this, and not earlier: the compiler does not know that products are under way.
+__device__ __forceinline__ void hold(float& sum) { asm volatile("" : "+f"(sum)::"memory"); }
+__device__ __forceinline__ void hold(int& sum) { asm volatile("" : "+r"(sum)::"memory"); }
+
+template <class T, int kCount>
+__device__ __forceinline__ void hold(T (&sums)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) hold(sums[i]);
+}
+
 // This warpgroup needs fewer registers than it was started with; or more, which others gave.
 template <int kCount>
 __device__ __forceinline__ void give_registers() {

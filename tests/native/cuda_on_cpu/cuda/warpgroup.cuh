@@ -98,6 +98,8 @@ inline void begin_products() {}
 inline void end_products() {}
 template <int kOpen>
 inline void wait_for_products() {}
+template <class T>
+inline void hold(T&) {}
 template <int kCount>
 inline void give_registers() {}
 template <int kCount>
