@@ -7,9 +7,12 @@ in its metadata: small weights lie in it, and no parser notices a flipped bit in
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -222,9 +225,15 @@ def save(model: ir.Model, path: Path, *, on_tensor: OnTensor | None = None) -> i
         Bytes written, graph and data.
 
     Raises:
-        QbbError: the disk is full or the folder cannot be written; what was there before is left as it was.
+        QbbError: the disk is full or the folder cannot be written; what was there before is left as it was. (If the
+            disk fails after the rename, the new files stand, complete, and the old data beside them: a power cut may
+            yet bring the old graph back.)
     """
     temporary_data = path.with_name(f"{path.name}.data.tmp")
+    new_data, graph = None, b""
+    # What a killed run left: onnx_ir writes in a folder beside the file.
+    for leftover in path.parent.glob(f".{glob.escape(temporary_data.name)}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         ir.external_data.unload_from_model(
             model,
@@ -242,17 +251,30 @@ def save(model: ir.Model, path: Path, *, on_tensor: OnTensor | None = None) -> i
         graph = _sealed(ir.to_proto(model))
         if data is not None:
             sync_file(temporary_data)
+            new_data = None if data.exists() else data
             temporary_data.replace(data)
             sync_folder(path.parent)
         write_whole(path, graph)
-    except OSError as error:
-        raise QbbError("cannot write the model", where=path, got=error.strerror or str(error)) from error
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            if new_data is not None and not _holds(path, graph):  # no graph refers to it
+                new_data.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise QbbError(
+                "cannot write the model", where=path, got=error.strerror or f"{error} (disk full?)"
+            ) from error
+        raise
     finally:
-        temporary_data.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary_data.unlink(missing_ok=True)
     for stale in path.parent.glob(f"{path.stem}.*.data"):
         if data_digest(stale.name) and stale != data and stale.name[: -len(".data") - 65] == path.stem:
             stale.unlink()
     return path.stat().st_size + (data.stat().st_size if data is not None else 0)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == data
 
 
 def _point_to(model: ir.Model, location: str) -> None:

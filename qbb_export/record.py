@@ -47,7 +47,7 @@ except ImportError:  # pragma: no cover - Windows: no lock; two runs on one reco
 RECORD_FORMAT: Final = 1
 
 # Part of every key. Raise it when a change to the recipes changes what they return, so that old layers are redone.
-REVISION: Final = 4
+REVISION: Final = 5
 
 # The only key of the safetensors metadata: with several, their order in the file would vary from run to run.
 METADATA_KEY: Final = "qbb"

@@ -37,16 +37,20 @@ struct Bytes {
     }
   }
 
-  static __device__ __forceinline__ void to_numbers(float (&v)[QBB_WORD_BITS], const uint4 (&raw)[kRawPieces], Type type) {
-    if (type == kFloat32) {
+  // kPieces: 4 where X has 16 bits for certain.
+  template <int kPieces>
+  static __device__ __forceinline__ void to_numbers(float (&v)[QBB_WORD_BITS], const uint4 (&raw)[kPieces], Type type) {
+    if constexpr (kPieces == kRawPieces) {
+      if (type == kFloat32) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        v[4 * i] = __uint_as_float(raw[i].x);
-        v[4 * i + 1] = __uint_as_float(raw[i].y);
-        v[4 * i + 2] = __uint_as_float(raw[i].z);
-        v[4 * i + 3] = __uint_as_float(raw[i].w);
+        for (int i = 0; i < 8; ++i) {
+          v[4 * i] = __uint_as_float(raw[i].x);
+          v[4 * i + 1] = __uint_as_float(raw[i].y);
+          v[4 * i + 2] = __uint_as_float(raw[i].z);
+          v[4 * i + 3] = __uint_as_float(raw[i].w);
+        }
+        return;
       }
-      return;
     }
     uint32_t r[16];
     spread(r, *reinterpret_cast<const uint4(*)[4]>(&raw));
@@ -59,10 +63,12 @@ struct Bytes {
     }
   }
 
-  // Piece i of a word: upper bytes of inputs i, i + 16, i + 4, i + 20, then of i + 8, i + 24, i + 12, i + 28, then the
-  // lower bytes of both. Its number: 256 steps, and kMagic less `correction` times the inputs' total.
-  static __device__ __forceinline__ void stage(uint4* to, float2* number, const uint4 (&raw)[kRawPieces], Type type,
-                                               int word, float correction) {
+  // A word of X as bytes: high[i][h] and low[i][h] are those of inputs i + 8h, i + 8h + 16, i + 8h + 4, i + 8h + 20, in the
+  // order of look-ups. Returns the chunk's number: 256 steps, and kMagic less `correction` times the inputs' total. Four
+  // neighbouring lanes hold the words of a chunk.
+  template <int kPieces>
+  static __device__ __forceinline__ float2 to_bytes(uint32_t (&high)[4][2], uint32_t (&low)[4][2],
+                                                    const uint4 (&raw)[kPieces], Type type, float correction) {
     float v[QBB_WORD_BITS];
     to_numbers(v, raw, type);
     float largest = 0.0f;
@@ -75,7 +81,6 @@ struct Bytes {
     uint32_t total = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      uint32_t high[2], low[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         uint32_t q[4];
@@ -86,18 +91,25 @@ struct Bytes {
           total += q[j];
         }
         const uint32_t first = __byte_perm(q[0], q[1], 0x5140), second = __byte_perm(q[2], q[3], 0x5140);
-        low[h] = __byte_perm(first, second, 0x5410) ^ kFlip;
-        high[h] = __byte_perm(first, second, 0x7632);
+        low[i][h] = __byte_perm(first, second, 0x5410) ^ kFlip;
+        high[i][h] = __byte_perm(first, second, 0x7632);
       }
-      to[4 * i] = make_uint4(high[0], high[1], low[0], low[1]);
     }
     total -= QBB_WORD_BITS * __float_as_uint(kMagic + 128.0f);
     total += __shfl_xor_sync(kAllLanes, total, 1);
     total += __shfl_xor_sync(kAllLanes, total, 2);
-    if (word == 0) {
-      const float of_inputs = static_cast<float>(static_cast<int>(total));
-      *number = make_float2(some ? 256.0f * largest / kLargest : 0.0f, kMagic - correction * of_inputs);
-    }
+    const float of_inputs = static_cast<float>(static_cast<int>(total));
+    return make_float2(some ? 256.0f * largest / kLargest : 0.0f, kMagic - correction * of_inputs);
+  }
+
+  // Piece i of a word: upper bytes (h = 0, 1), then lower ones.
+  static __device__ __forceinline__ void stage(uint4* to, float2* number, const uint4 (&raw)[kRawPieces], Type type,
+                                               int word, float correction) {
+    uint32_t high[4][2], low[4][2];
+    const float2 of_chunk = to_bytes(high, low, raw, type, correction);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[4 * i] = make_uint4(high[i][0], high[i][1], low[i][0], low[i][1]);
+    if (word == 0) *number = of_chunk;
   }
 
   static __device__ __forceinline__ float inverse_of(const Weights& w, int row) {
@@ -169,8 +181,8 @@ struct Bytes {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const uint32_t selector = h == 0 ? c[r][i] : c[r][i] >> 16;
-          low[r + 2 * h] = __byte_perm(table[r].x, kPart > 2 ? table[r].z : 0, selector);
-          high[r + 2 * h] = __byte_perm(table[r].y, kPart > 2 ? table[r].w : 0, selector);
+          low[r + 2 * h] = look_up_bytes(table[r].x, kPart > 2 ? table[r].z : 0, selector);
+          high[r + 2 * h] = look_up_bytes(table[r].y, kPart > 2 ? table[r].w : 0, selector);
         }
       }
 #pragma unroll

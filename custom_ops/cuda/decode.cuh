@@ -57,72 +57,6 @@ struct Cursor {
   }
 };
 
-// One chunk of a tile times up to kRows rows of X, added to `sums` (rows 2g and 2g + 1 of the tile) in units of 4^t / 2.
-template <int kBases, int kBits, int kRows>
-__device__ __forceinline__ void add_chunk_of_planes(float (&sums)[kRows][2], const Chunk<kBases>& weights, int chunk,
-                                                    const uint32_t* planes, const float2* steps, int chunks, int lane) {
-  constexpr int kTiles = kBits / 8;  // of eight planes
-  const int t = lane % 4, sign = t == 3 ? -2 : 2;
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    const int place = r * chunks + chunk;
-    const float2 step = steps[place];  // with half of the inputs' total
-    const float half_total = t == 0 ? step.y : 0.0f;
-    uint32_t x[kTiles];
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) x[i] = planes[(place * kTiles + i) * 32 + lane];
-    float part[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int b = 0; b < kBases; ++b) {
-      int c[4], d[4];
-      count_shared_bits(c, weights.words[b].x, weights.words[b].y, x[0]);
-      int first, second;
-      if constexpr (kTiles == 1) {
-        first = weigh(c[0], c[1], sign);
-        second = weigh(c[2], c[3], sign);
-      } else {
-        count_shared_bits(d, weights.words[b].x, weights.words[b].y, x[1]);
-        first = weigh(c[0], c[1], d[0], d[1], sign);
-        second = weigh(c[2], c[3], d[2], d[3], sign);
-      }
-      const float2 scale = to_floats(weights.scales[b]);
-      part[0] = fmaf(scale.x, static_cast<float>(first) - half_total, part[0]);
-      part[1] = fmaf(scale.y, static_cast<float>(second) - half_total, part[1]);
-    }
-    part[0] = fmaf(weights.offset.x, half_total, part[0]);
-    part[1] = fmaf(weights.offset.y, half_total, part[1]);
-    sums[r][0] = fmaf(step.x, part[0], sums[r][0]);
-    sums[r][1] = fmaf(step.x, part[1], sums[r][1]);
-  }
-}
-
-// Planes of all of X, as count_shared_bits wants them, with steps and halves of totals.
-template <int kBits, int kRows>
-__device__ __forceinline__ void make_planes(uint32_t* planes, float2* steps, const Weights& w, const Rows& rows,
-                                            int chunks, int warp, int lane) {
-  constexpr int kTiles = kBits / 8, kTogether = 4;  // chunks that are waited for together
-  const bool aligned = in_fours(w, rows);
-  for (int first = warp; first < kRows * chunks; first += kTogether * kDecodeWarps) {
-    RawInputs raw[kTogether];
-#pragma unroll
-    for (int u = 0; u < kTogether; ++u) {
-      const int i = first + u * kDecodeWarps;
-      raw[u] = load_raw(w, rows, kRows == 1 ? 0 : i / chunks, kRows == 1 ? i : i % chunks, lane, aligned);
-    }
-#pragma unroll
-    for (int u = 0; u < kTogether; ++u) {
-      const int i = first + u * kDecodeWarps;
-      if (i >= kRows * chunks) break;
-      const Planes p = to_planes<kBits>(to_float4(raw[u], rows.type), lane);
-      uint32_t* to = planes + i * kTiles * 32 + plane_of(lane) * 4 + lane / 8;
-#pragma unroll
-      for (int r = 0; r < kTiles; ++r) to[r * 32] = p.planes[r];
-      const int total = sum_of_lanes(p.total);
-      if (lane == 0) steps[i] = make_float2(p.step, 0.5f * static_cast<float>(total));
-    }
-  }
-}
-
 // float16 scales; groups that are 2^n chunks, or whole rows; rows.M <= kRows.
 template <int kBases, int kBits, int kRows>
 __global__ void __launch_bounds__(kDecodeWarps * 32, 2) decode(const Weights w, const Rows rows) {
@@ -159,7 +93,7 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, 2) decode(const Weights w, 
     }
     if (!ready) {
       wait_for_previous_kernel();
-      make_planes<kBits, kRows>(planes, steps, w, rows, chunks, warp, lane);
+      make_planes<kBits, kRows, kDecodeWarps * 32>(planes, steps, w, rows, chunks, static_cast<int>(threadIdx.x));
       ready = true;
     }
     __syncthreads();

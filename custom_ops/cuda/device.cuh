@@ -52,32 +52,6 @@ __device__ __forceinline__ Lane lane_of(int lane) {
   return Lane{static_cast<uint32_t>(lane) / 4, static_cast<uint32_t>(lane) % 4};
 }
 
-template <class T>
-__device__ __forceinline__ T load_at(const void* base, int64_t shared_offset, uint32_t offset) {
-  return __ldg(reinterpret_cast<const T*>(static_cast<const char*>(base) + shared_offset + offset));
-}
-
-// Chunks first .. first + kCount of a tile. Only for groups that are 2^shift chunks, or whole rows. Past the last word some
-// word is loaded: activations are 0 there.
-template <int kBases, int kCount>
-__device__ __forceinline__ void load_chunks(Chunk<kBases> (&to)[kCount], const Weights& w, Lane lane, int tile,
-                                            int first) {
-  constexpr uint32_t kRow = QBB_TILE_ROWS * 4;
-#pragma unroll
-  for (int u = 0; u < kCount; ++u) {
-    const uint32_t word = static_cast<uint32_t>(min((first + u) * kChunkWords + static_cast<int>(lane.t), w.words - 1));
-    const uint32_t at = static_cast<uint32_t>(tile) * static_cast<uint32_t>(w.tile_bytes) + word * kRow + lane.g * 8;
-    const uint32_t group = static_cast<uint32_t>(tile * w.groups + min((first + u) >> w.group_shift, w.groups - 1));
-#pragma unroll
-    for (int b = 0; b < kBases; ++b) {
-      to[u].words[b] = load_at<uint2>(w.planes, b * w.plane_bytes, at);
-      to[u].scales[b] = load_at<unsigned>(w.scales, b * w.scale_bytes, group * (kRow / 2) + lane.g * 4);
-    }
-    to[u].offset = make_float2(0.0f, 0.0f);
-    if (w.offset != nullptr) to[u].offset = load_at<float2>(w.offset, 0, group * kRow + lane.g * 8);
-  }
-}
-
 __device__ __forceinline__ float2 to_floats(uint32_t halves) {
   return __half22float2(*reinterpret_cast<const __half2*>(&halves));
 }

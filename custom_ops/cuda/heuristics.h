@@ -11,6 +11,7 @@ enum class Path {
   kDecode,   // bit planes of X, few rows of it at a time
   kBytes,    // bits made bytes, X of 16 bits, up to 16 rows of it at a time
   kBatch,    // weights made float16, for up to 32 rows of X at a time
+  kCluster,  // both of these for Hopper: up to 64 rows of X at a time, each block of a cluster with a slice of the inputs
   kPrompt,   // the same for 128 or 256 rows of X, with Hopper's warpgroup products
   kGeneral,  // any matrix, a row of X at a time
 };
@@ -25,6 +26,9 @@ struct Rule {
 
 constexpr int64_t kAnyRows = INT64_MAX;
 
+constexpr int kBulkArch = 90;     // decode_bulk.cuh, from here on
+constexpr int kFewestStages = 3;  // of weights under way, for it to be faster than decode.cuh
+
 constexpr int kAnyArch = 1 << 20;
 
 #if QBB_CUDA_90A
@@ -33,11 +37,22 @@ constexpr int kWarpgroupArch = 90;
 constexpr int kWarpgroupArch = -1;  // not built
 #endif
 
+// kCluster is right in tests/native, but has not run on a GPU yet; built with -DQBB_CUDA_CLUSTERS=ON it is taken.
+#if QBB_CUDA_90A && QBB_CUDA_CLUSTERS
+constexpr int kClusterArch = kWarpgroupArch;
+#else
+constexpr int kClusterArch = -1;  // not built
+#endif
+
+// kCluster of 16-bit X: so many rows as whole numbers, more as float16.
+constexpr int64_t kClusterBytesRows = 8;
+
 // The first that fits. float16 (bfloat16: all but kPrompt):
 constexpr Rule kHalfRules[] = {
     {80, kAnyArch, false, 1, Path::kDecode, 1},
     {80, kAnyArch, false, 2, Path::kDecode, 2},
     {80, kAnyArch, true, 4, Path::kDecode, 4},
+    {90, kClusterArch, false, 96, Path::kCluster, 0},
     {80, kAnyArch, false, 16, Path::kBytes, 0},
     {75, kAnyArch, false, 96, Path::kBatch, 0},
     {90, kWarpgroupArch, false, kAnyRows, Path::kPrompt, 0},
@@ -49,8 +64,19 @@ constexpr Rule kFloatRules[] = {
     {80, kAnyArch, false, 1, Path::kDecode, 1},
     {80, kAnyArch, false, 2, Path::kDecode, 2},
     {80, kAnyArch, true, 4, Path::kDecode, 4},
+    {90, kClusterArch, false, kAnyRows, Path::kCluster, 0},
     {80, kAnyArch, false, kAnyRows, Path::kBytes, 0},
     {75, kAnyArch, false, kAnyRows, Path::kGeneral, 1},
 };
+
+// Rows of X and blocks of a cluster that kCluster may take, and about how long a launch takes, in units of the work on 128
+// inputs of 64 outputs: making weights, which costs more where there are many products, summing up, and preparing X.
+constexpr int kClusterRows[] = {8, 16, 32, 64};
+constexpr int kClusterBlocks[] = {1, 2, 4, 8};
+constexpr double cluster_cost(int64_t rounds, int64_t sets, int64_t chunks, int rows) {
+  return static_cast<double>(rounds) *
+         (static_cast<double>(sets) * (static_cast<double>(chunks) * (rows < 64 ? 1.0 : 1.2) + 0.5) +
+          static_cast<double>(chunks) * rows / 24);
+}
 
 }  // namespace qbb::cuda

@@ -9,6 +9,10 @@
 
 #include "cuda/weights.h"
 
+#ifndef QBB_SHIFT_BY_PRODUCT
+#define QBB_SHIFT_BY_PRODUCT 0
+#endif
+
 namespace qbb::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -35,6 +39,33 @@ __device__ __forceinline__ float max_of_lanes(float v) {
 #else
   for (int s = 16; s > 0; s >>= 1) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, s));
   return v;
+#endif
+}
+
+// Bytes of b:a by the nibbles of the lower half of `selector`, which are at most 7. __byte_perm would see to that itself.
+__device__ __forceinline__ uint32_t look_up_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
+  return bytes;
+}
+
+// Bits of `a` where the mask has 1, of `b` elsewhere. Written as C++, it becomes two instructions.
+template <uint32_t kMask>
+__device__ __forceinline__ uint32_t choose_bits(uint32_t a, uint32_t b) {
+  uint32_t bits;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(bits) : "r"(a), "r"(b), "n"(kMask));
+  return bits;
+}
+
+// v >> kBits. Multiplication has a pipe of its own, where shifts wait for look-ups.
+template <int kBits>
+__device__ __forceinline__ uint32_t shift_right(uint32_t v) {
+#if QBB_SHIFT_BY_PRODUCT
+  uint32_t high;
+  asm("mul.hi.u32 %0, %1, %2;" : "=r"(high) : "r"(v), "n"(1u << (32 - kBits)));
+  return high;
+#else
+  return v >> kBits;
 #endif
 }
 

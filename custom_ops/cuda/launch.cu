@@ -2,10 +2,13 @@
 
 #include <algorithm>
 #include <array>
+#include <iterator>
 #include <type_traits>
 
 #include "cuda/batch.cuh"
+#include "cuda/cluster.cuh"
 #include "cuda/decode.cuh"
+#include "cuda/decode_bulk.cuh"
 #include "cuda/general.cuh"
 #include "cuda/prompt.cuh"
 
@@ -18,6 +21,14 @@ template <int kBases>
 Kernel decode_kernel(int bits, int step) {
   if (bits == 8) return step == 1 ? decode<kBases, 8, 1> : step == 2 ? decode<kBases, 8, 2> : decode<kBases, 8, 4>;
   return step == 1 ? decode<kBases, 16, 1> : step == 2 ? decode<kBases, 16, 2> : decode<kBases, 16, 4>;
+}
+
+template <int kBases>
+Kernel bulk_kernel(int bits, int step) {
+  if (bits == 8) {
+    return step == 1 ? decode_bulk<kBases, 8, 1> : step == 2 ? decode_bulk<kBases, 8, 2> : decode_bulk<kBases, 8, 4>;
+  }
+  return step == 1 ? decode_bulk<kBases, 16, 1> : decode_bulk<kBases, 16, 2>;
 }
 
 template <class How, int kBases>
@@ -37,6 +48,15 @@ Kernel decode_kernel(int bases, int bits, int step) {
     case 2: return decode_kernel<2>(bits, step);
     case 3: return decode_kernel<3>(bits, step);
     default: return decode_kernel<4>(bits, step);
+  }
+}
+
+Kernel bulk_kernel(int bases, int bits, int step) {
+  switch (bases) {
+    case 1: return bulk_kernel<1>(bits, step);
+    case 2: return bulk_kernel<2>(bits, step);
+    case 3: return bulk_kernel<3>(bits, step);
+    default: return bulk_kernel<4>(bits, step);
   }
 }
 
@@ -60,20 +80,101 @@ Kernel prompt_kernel(int bases) {
   }
 }
 
+// A variant of `cluster`.
+struct Cluster {
+  Kernel kernel;
+  int threads;
+  int64_t (*bytes)(int block);          // of shared memory
+  int (*block)(int words, int blocks);  // chunks of a block of a cluster
+};
+
+template <class How, int kBases>
+Cluster cluster_variant() {
+#if QBB_CUDA_90A && QBB_CUDA_CLUSTERS
+  using Plan = UsualPlan<How::kTokens, kBases>;
+  return Cluster{cluster<How, kBases, Plan>, Plan::kThreads, ClusterMemory<How, kBases, Plan>::bytes, cluster_block<Plan>};
+#else
+  return Cluster{};
+#endif
+}
+
+template <int kBases>
+Cluster cluster_variant(Type type, int rows, bool bytes) {
+  if (type == kFloat32) {
+    return rows == 8 ? cluster_variant<ByteProducts<8, true>, kBases>() : cluster_variant<ByteProducts<16, true>, kBases>();
+  }
+  if (bytes) return cluster_variant<ByteProducts<8, false>, kBases>();
+  if (type == kFloat16) {
+    return rows == 16   ? cluster_variant<HalfProducts<16, false>, kBases>()
+           : rows == 32 ? cluster_variant<HalfProducts<32, false>, kBases>()
+                        : cluster_variant<HalfProducts<64, false>, kBases>();
+  }
+  return rows == 16   ? cluster_variant<HalfProducts<16, true>, kBases>()
+         : rows == 32 ? cluster_variant<HalfProducts<32, true>, kBases>()
+                      : cluster_variant<HalfProducts<64, true>, kBases>();
+}
+
+// `rows`: one of kClusterRows; up to 16 for float32.
+Cluster cluster_variant(int bases, Type type, int rows) {
+  const bool bytes = rows <= kClusterBytesRows;
+  switch (bases) {
+    case 1: return cluster_variant<1>(type, rows, bytes);
+    case 2: return cluster_variant<2>(type, rows, bytes);
+    case 3: return cluster_variant<3>(type, rows, bytes);
+    default: return cluster_variant<4>(type, rows, bytes);
+  }
+}
+
+// How to launch `cluster`.
+struct ClusterShape {
+  int rows = 0, blocks = 0, clusters = 0, block = 0;  // of X at a time, 0 if none fits; of a cluster; at a time; chunks
+};
+
+ClusterShape cluster_shape(const Weights& w, Type type, int64_t M, const Device& device) {
+  ClusterShape best;
+  double least = 0;
+  const int sets = (w.tiles + kClusterTiles - 1) / kClusterTiles;
+  for (const int rows : kClusterRows) {
+    if (rows > 16 && type == kFloat32) break;
+    const Cluster variant = cluster_variant(w.bases, type, rows);
+    for (size_t i = 0; i < std::size(kClusterBlocks); ++i) {
+      const int blocks = kClusterBlocks[i], block = variant.block(w.words, blocks);
+      if (device.clusters[i] == 0 || variant.bytes(block) > device.shared_memory) continue;
+      const int clusters = std::min(sets, device.clusters[i]);
+      const double cost = cluster_cost((M + rows - 1) / rows, (sets + clusters - 1) / clusters, block, rows);
+      if (best.rows == 0 || cost < least) {
+        best = ClusterShape{rows, blocks, clusters, block};
+        least = cost;
+      }
+    }
+    if (M <= rows && best.rows != 0) break;
+  }
+  return best;
+}
+
 cudaError_t start(Kernel kernel, dim3 grid, int threads, size_t memory, const Weights& w, const Rows& rows,
-                  const Device& device, cudaStream_t stream) {
+                  const Device& device, cudaStream_t stream, int cluster = 1) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = memory;
   config.stream = stream;
   // The kernel asks for its weights while the one before it ends (wait_for_previous_kernel).
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = device.arch >= 90 ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = static_cast<unsigned>(cluster);
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  config.attrs = attributes;
+  config.numAttrs = device.arch < 90 ? 0 : cluster == 1 ? 1 : 2;
   return cudaLaunchKernelEx(&config, kernel, w, rows);
+}
+
+// A kernel may use so much shared memory.
+cudaError_t allow(Kernel kernel, size_t bytes) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
 }
 
 // Whether parts of 128 rows of X are faster than those of 256. They take about 3/5 of the time, as weights have to be made
@@ -96,6 +197,7 @@ Rule rule_for(const Weights& w, Type type, int64_t M, bool integer, const Device
     for (const Rule& rule : rules) {
       if (rule.path == Path::kPrompt && type != kFloat16) continue;
       const bool fits = rule.arch <= device.arch && device.arch <= rule.last_arch;
+      if (fits && rule.path == Path::kCluster && cluster_shape(w, type, M, device).rows == 0) continue;
       if (fits && (integer || !rule.only_int8) && M <= rule.rows) return rule;
     }
     return kAnything;
@@ -115,23 +217,49 @@ bool regular(const Weights& w, const Device& device) {
 
 cudaError_t reserve(const Weights& w, const Device& device) {
   if (!regular(w, device)) return cudaSuccess;
-  const auto allow = [](Kernel kernel, size_t bytes) {
-    return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                static_cast<int>(bytes));
-  };
   const auto most = static_cast<size_t>(device.shared_memory);
   for (const int step : {1, 2, 4, 8}) {
-    std::array<Kernel, 5> kernels{batch_kernel<Bytes>(w.bases, step), batch_kernel<Halves<false>>(w.bases, step),
+    std::array<Kernel, 7> kernels{batch_kernel<Bytes>(w.bases, step), batch_kernel<Halves<false>>(w.bases, step),
                                   batch_kernel<Halves<true>>(w.bases, step)};
     if (step < 8) kernels[3] = decode_kernel(w.bases, 8, step), kernels[4] = decode_kernel(w.bases, 16, step);
+    if (step < 8 && device.arch >= kBulkArch) kernels[5] = bulk_kernel(w.bases, 8, step);
+    if (step < 4 && device.arch >= kBulkArch) kernels[6] = bulk_kernel(w.bases, 16, step);
     for (const Kernel kernel : kernels) {
       const cudaError_t status = kernel == nullptr ? cudaSuccess : allow(kernel, most);
       if (status != cudaSuccess) return status;
     }
   }
   if (device.arch != kWarpgroupArch) return cudaSuccess;
+  for (const Type type : {kFloat16, kBFloat16, kFloat32}) {
+    for (const int rows : kClusterRows) {
+      if (device.arch != kClusterArch) break;
+      const cudaError_t status = allow(cluster_variant(w.bases, type, rows).kernel, most);
+      if (status != cudaSuccess) return status;
+    }
+  }
   const cudaError_t status = allow(prompt_kernel<128>(w.bases), kPromptMemory<128>);
   return status != cudaSuccess ? status : allow(prompt_kernel<256>(w.bases), kPromptMemory<256>);
+}
+
+cudaError_t count_clusters(Device& device) {
+  if (device.arch != kClusterArch) return cudaSuccess;
+  const Cluster variant = cluster_variant(1, kFloat16, kClusterRows[0]);
+  const auto memory = static_cast<size_t>(device.shared_memory);
+  cudaError_t status = allow(variant.kernel, memory);
+  for (size_t i = 0; status == cudaSuccess && i < std::size(kClusterBlocks); ++i) {
+    cudaLaunchAttribute size{};
+    size.id = cudaLaunchAttributeClusterDimension;
+    size.val.clusterDim.x = static_cast<unsigned>(kClusterBlocks[i]);
+    size.val.clusterDim.y = size.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(kClusterBlocks[i]));
+    config.blockDim = dim3(static_cast<unsigned>(variant.threads));
+    config.dynamicSmemBytes = memory;
+    config.attrs = &size;
+    config.numAttrs = 1;
+    status = cudaOccupancyMaxActiveClusters(&device.clusters[i], variant.kernel, &config);
+  }
+  return status;
 }
 
 cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, const Device& device,
@@ -148,6 +276,19 @@ cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, 
     cudaError_t status = cudaSuccess;
     if (rule.path == Path::kDecode) {
       const int bits = integer ? 8 : 16;
+      const bool offset = w.offset != nullptr;
+      const int stages = device.arch < kBulkArch
+                             ? 0
+                             : bulk_stages(w.words, w.bases, offset, bits, rule.step, device.shared_memory);
+      if (stages >= kFewestStages) {
+        Rows staged = part;
+        staged.block = stages;
+        const int blocks = bulk_blocks(w.words, tiles, stages, device.multiprocessors);
+        status = start(bulk_kernel(w.bases, bits, rule.step), dim3(blocks), kBulkThreads,
+                       bulk_memory(w.words, w.bases, offset, bits, rule.step, stages), w, staged, device, stream);
+        if (status != cudaSuccess) return status;
+        continue;
+      }
       status = start(decode_kernel(w.bases, bits, rule.step), dim3(std::min(tiles, device.multiprocessors)),
                      kDecodeWarps * 32, decode_memory(w.words, w.bases, bits, rule.step), w, part, device, stream);
     } else if (rule.path == Path::kBatch || rule.path == Path::kBytes) {
@@ -165,6 +306,13 @@ cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, 
       staged.block = batch_block(w.words, w.bases, columns * kColumn, device.shared_memory);
       status = start(kernel, dim3(std::min(tiles, device.multiprocessors), static_cast<unsigned>(blocks)),
                      kBatchWarps * 32, batch_memory(w.bases, columns * kColumn, staged.block), w, staged, device, stream);
+    } else if (rule.path == Path::kCluster) {
+      const ClusterShape shape = cluster_shape(w, rows.type, count, device);
+      const Cluster variant = cluster_variant(w.bases, rows.type, shape.rows);
+      Rows staged = part;
+      staged.block = shape.block;
+      status = start(variant.kernel, dim3(static_cast<unsigned>(shape.clusters * shape.blocks)), variant.threads,
+                     static_cast<size_t>(variant.bytes(shape.block)), w, staged, device, stream, shape.blocks);
     } else if (rule.path == Path::kPrompt) {
       const int64_t small = prompt_parts<128>(tiles, count), large = prompt_parts<256>(tiles, count);
       const bool halve = prefer_small_parts(small, large, device.multiprocessors);

@@ -10,7 +10,11 @@ namespace qbb::cuda {
 struct Device {
   int number, arch, multiprocessors;
   int64_t shared_memory;  // bytes of a block at most
+  int clusters[4];        // of 1, 2, 4 and 8 blocks that run at a time, with a multiprocessor for each block
 };
+
+// Device::clusters.
+cudaError_t count_clusters(Device& device);
 
 // Whether the fast kernels take such weights; the general one takes all.
 bool regular(const Weights& w, const Device& device);

@@ -59,9 +59,9 @@ __device__ __forceinline__ uint32_t codes(const uint32_t (&words)[kBases], int i
 // The weights of step 2i + h as two pairs.
 template <int kBases>
 __device__ __forceinline__ void look_up(uint32_t& first, uint32_t& second, const Levels& levels, uint32_t code, int h) {
-  const uint32_t selector = h == 0 ? code : code >> 16;
-  const uint32_t low = __byte_perm(levels.low[0], kBases > 2 ? levels.low[1] : 0, selector);
-  const uint32_t high = __byte_perm(levels.high[0], kBases > 2 ? levels.high[1] : 0, selector);
+  const uint32_t selector = h == 0 ? code : shift_right<16>(code);
+  const uint32_t low = look_up_bytes(levels.low[0], kBases > 2 ? levels.low[1] : 0, selector);
+  const uint32_t high = look_up_bytes(levels.high[0], kBases > 2 ? levels.high[1] : 0, selector);
   first = __byte_perm(low, high, 0x5140);
   second = __byte_perm(low, high, 0x7362);
 }
@@ -87,34 +87,22 @@ __device__ __forceinline__ uint32_t codes_in_order(const uint32_t (&words)[kBase
 template <int kBases>
 __device__ __forceinline__ void look_up_in_order(uint32_t& even, uint32_t& odd, const Levels& levels, uint32_t code, int h) {
   const uint32_t selector = h == 0 ? code : code >> 16;
-  const uint32_t low = __byte_perm(levels.low[0], kBases > 2 ? levels.low[1] : 0, selector);
-  const uint32_t high = __byte_perm(levels.high[0], kBases > 2 ? levels.high[1] : 0, selector);
+  const uint32_t low = look_up_bytes(levels.low[0], kBases > 2 ? levels.low[1] : 0, selector);
+  const uint32_t high = look_up_bytes(levels.high[0], kBases > 2 ? levels.high[1] : 0, selector);
   even = __byte_perm(low, high, 0x6240);
   odd = __byte_perm(low, high, 0x7351);
 }
 
-// Levels and words of bases kFrom .. kFrom + kPart of a chunk.
-template <int kPart>
-struct Part {
-  uint32_t w0[kPart], w1[kPart];
-  Levels l0, l1;
-};
-
-template <int kFrom, int kPart, int kBases>
-__device__ __forceinline__ Part<kPart> part_of(const Chunk<kBases>& chunk, float inverse, float2 z) {
-  Part<kPart> p;
-  float s0[kPart], s1[kPart];
+// Four bases are two matrices, whose weights are added.
+__device__ __forceinline__ void add_pairs(uint32_t (&a)[4][4], const uint32_t (&b)[4][4]) {
 #pragma unroll
-  for (int b = 0; b < kPart; ++b) {
-    const float2 s = to_floats(chunk.scales[kFrom + b]);
-    s0[b] = s.x * inverse;
-    s1[b] = s.y * inverse;
-    p.w0[b] = chunk.words[kFrom + b].x;
-    p.w1[b] = chunk.words[kFrom + b].y;
+  for (int s = 0; s < 4; ++s) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const __half2 sum = __hadd2(*reinterpret_cast<const __half2*>(&a[s][i]), *reinterpret_cast<const __half2*>(&b[s][i]));
+      a[s][i] = *reinterpret_cast<const uint32_t*>(&sum);
+    }
   }
-  p.l0 = make_levels<kPart>(s0, z.x);
-  p.l1 = make_levels<kPart>(s1, z.y);
-  return p;
 }
 
 // All codes of a word: to[i] has those of the bits i, i + 4, …, i + 28, one in each nibble. Words change places bit by bit,
@@ -127,17 +115,19 @@ __device__ __forceinline__ void all_codes(uint32_t (&to)[4], const uint32_t* wor
     return;
   }
   constexpr uint32_t kOne = 0x55555555u, kTwo = 0x33333333u;
-  const uint32_t even = (words[0] & kOne) | ((words[1] << 1) & ~kOne);
-  const uint32_t odd = ((words[0] >> 1) & kOne) | (words[1] & ~kOne);
-  uint32_t top_even = 0, top_odd = 0;
-  if constexpr (kBases == 3) {
-    top_even = words[2] & kOne;
-    top_odd = (words[2] >> 1) & kOne;
+  const uint32_t even = choose_bits<kOne>(words[0], words[1] << 1), odd = choose_bits<kOne>(shift_right<1>(words[0]), words[1]);
+  if constexpr (kBases == 2) {
+    to[0] = even & kTwo;
+    to[1] = odd & kTwo;
+    to[2] = shift_right<2>(even) & kTwo;
+    to[3] = shift_right<2>(odd) & kTwo;
+  } else {
+    const uint32_t top_even = words[2] & kOne, top_odd = shift_right<1>(words[2]) & kOne;
+    to[0] = choose_bits<kTwo>(even, top_even << 2);
+    to[1] = choose_bits<kTwo>(odd, top_odd << 2);
+    to[2] = choose_bits<kTwo>(shift_right<2>(even), top_even);
+    to[3] = choose_bits<kTwo>(shift_right<2>(odd), top_odd);
   }
-  to[0] = (even & kTwo) | ((top_even << 2) & ~kTwo);
-  to[1] = (odd & kTwo) | ((top_odd << 2) & ~kTwo);
-  to[2] = ((even >> 2) & kTwo) | (top_even & ~kTwo);
-  to[3] = ((odd >> 2) & kTwo) | (top_odd & ~kTwo);
 }
 
 }  // namespace qbb::cuda

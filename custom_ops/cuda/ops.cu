@@ -73,7 +73,8 @@ Device device_of(const void* data, const char* arch) {
   if (where.type != cudaMemoryTypeDevice && where.type != cudaMemoryTypeManaged) {
     throw Error("wrong place of B (planes)", "device memory", "host memory");
   }
-  Device d{where.device, 0, 0, 0};
+  Device d{};
+  d.number = where.device;
   d.arch = 10 * attribute(cudaDevAttrComputeCapabilityMajor, d.number) +
            attribute(cudaDevAttrComputeCapabilityMinor, d.number);
   d.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, d.number);
@@ -137,6 +138,7 @@ qbb_cuda_kernel::qbb_cuda_kernel(const qbb_matrix& m, int32_t mode, const char* 
   integer = mode == QBB_MODE_INT8;
   device = device_of(m.planes.data, arch);
   const Current current(device.number);
+  check(qbb::cuda::count_clusters(device), "counting clusters");
   const bool rows = s.layout == QBB_LAYOUT_ROWS, half = m.scales.dtype == QBB_FLOAT16;
   const bool one_offset = m.offset.rank == 2 && m.offset.dims[0] == 1 && m.offset.dims[1] == 1;
   weights.K = static_cast<int>(s.K);

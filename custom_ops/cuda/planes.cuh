@@ -114,10 +114,157 @@ __device__ __forceinline__ Planes to_planes(float4 v, int lane) {
   return p;
 }
 
+// Where plane g of an eight and word t of a chunk lie, lane = 4g + t: each chunk has another order of planes, so that the
+// lanes that make planes of eight chunks write to different banks.
+__device__ __forceinline__ int place_of_plane(int lane, int chunk) { return lane ^ ((chunk & 7) << 2); }
+
+// A word's inputs k .. k + 32 of a row, 0 where there are none.
+__device__ __forceinline__ void load_inputs(float (&v)[QBB_WORD_BITS], const Rows& rows, int row, int k, int K,
+                                            bool aligned) {
+  if (row >= rows.M || k >= K) {
+#pragma unroll
+    for (int i = 0; i < QBB_WORD_BITS; ++i) v[i] = 0.0f;
+    return;
+  }
+  const int64_t at = static_cast<int64_t>(row) * K + k;
+  if (!aligned || k + QBB_WORD_BITS > K) {
+#pragma unroll
+    for (int i = 0; i < QBB_WORD_BITS; ++i) v[i] = k + i < K ? load_x(rows, at + i) : 0.0f;
+    return;
+  }
+  if (rows.type == kFloat32) {
+    const auto* from = reinterpret_cast<const float4*>(static_cast<const float*>(rows.x) + at);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float4 four = from[i];
+      v[4 * i] = four.x, v[4 * i + 1] = four.y, v[4 * i + 2] = four.z, v[4 * i + 3] = four.w;
+    }
+    return;
+  }
+  const auto* from = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(rows.x) + at);
+  uint4 raw[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) raw[i] = from[i];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const uint4& eight = raw[i / 4];
+    const uint32_t two = i % 4 == 0 ? eight.x : i % 4 == 1 ? eight.y : i % 4 == 2 ? eight.z : eight.w;
+    const float2 pair = rows.type == kFloat16
+                            ? to_floats(two)
+                            : make_float2(__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u));
+    v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
+  }
+}
+
+// 32 whole numbers of 16 bits, two in a register (input_of_bit(i), and 8 more, in the i-th), to 16 planes of 32 bits: a
+// transposition of 16 by 16 bits in each half, by exchanges at distances 8, 4, 2, 1 (Hacker's Delight, 7-3).
+__device__ __forceinline__ void transpose(uint32_t (&r)[16]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t a = r[i], b = r[i + 8];
+    r[i] = __byte_perm(a, b, 0x6240);
+    r[i + 8] = __byte_perm(a, b, 0x7351);
+  }
+#pragma unroll
+  for (int step = 4; step > 0; step /= 2) {
+    const uint32_t mask = step == 4 ? 0x0f0f0f0fu : step == 2 ? 0x33333333u : 0x55555555u;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      if (i & step) continue;
+      const uint32_t a = r[i], b = r[i + step];
+      r[i] = (a & mask) | ((b << step) & ~mask);
+      r[i + step] = ((a >> step) & mask) | (b & ~mask);
+    }
+  }
+}
+
+// Planes of all of X as count_shared_bits wants them, [kRows][chunks][kBits / 8][32] with place_of_plane, and for each chunk
+// of each row its step and half of its inputs' total. Made by the first kThreads threads; a thread makes a word at a time,
+// four neighbours a chunk.
+template <int kBits, int kRows, int kThreads>
+__device__ __forceinline__ void make_planes(uint32_t* planes, float2* steps, const Weights& w, const Rows& rows,
+                                            int chunks, int thread) {
+  constexpr int kTiles = kBits / 8;
+  constexpr float kLargest = kBits == 8 ? 127.0f : 32767.0f;
+  constexpr float kMagic = 12582912.0f;  // 1.5·2^23: a sum with it has the rounded number in its last bits
+  const bool aligned = w.K % (rows.type == kFloat32 ? 4 : 8) == 0 && reinterpret_cast<uintptr_t>(rows.x) % 16 == 0;
+  const int items = kRows * chunks * kChunkWords;
+  for (int first = 0; first < items; first += kThreads) {
+    if (first + thread / 32 * 32 >= items) break;  // the whole warp
+    const int item = first + thread, place = item / kChunkWords, word = item % kChunkWords;
+    const int row = kRows == 1 ? 0 : place / chunks, chunk = kRows == 1 ? place : place % chunks;
+    float v[QBB_WORD_BITS];
+    load_inputs(v, rows, item < items ? row : rows.M, (chunk * kChunkWords + word) * QBB_WORD_BITS, w.K, aligned);
+    float m = 0.0f;
+#pragma unroll
+    for (int i = 0; i < QBB_WORD_BITS; ++i) m = fmaxf(m, fabsf(v[i]));
+    m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 1));
+    m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 2));
+    const bool some = m > kSmallest;
+    const float inverse = some ? kLargest / m : 0.0f;
+    uint32_t total = 0, r[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t a = __float_as_uint(fmaf(v[input_of_bit(i)], inverse, kMagic));
+      const uint32_t b = __float_as_uint(fmaf(v[input_of_bit(i + 16)], inverse, kMagic));
+      total += a + b;
+      r[i] = __byte_perm(a, b, 0x5410);
+    }
+    total -= QBB_WORD_BITS * __float_as_uint(kMagic);
+    total += __shfl_xor_sync(kAllLanes, total, 1);
+    total += __shfl_xor_sync(kAllLanes, total, 2);
+    transpose(r);
+    if (item >= items) continue;
+    uint32_t* to = planes + place * kTiles * 32;
+#pragma unroll
+    for (int i = 0; i < kBits; ++i) to[i / 8 * 32 + place_of_plane(i % 8 * 4 + word, chunk)] = r[i];
+    if (word == 0) steps[place] = make_float2(some ? m / kLargest : 0.0f, 0.5f * static_cast<float>(static_cast<int>(total)));
+  }
+}
+
 // Planes 2t and 2t + 1 (and 8 + 2t, 9 + 2t) of a count, in units of 4^t. The last plane is that of the sign.
 __device__ __forceinline__ int weigh(int c0, int c1, int last) { return c0 + last * c1; }
 __device__ __forceinline__ int weigh(int c0, int c1, int d0, int d1, int last) {
   return c0 + 2 * c1 + 256 * d0 + 256 * last * d1;
+}
+
+// One chunk of a tile times up to kRows rows of X, added to `sums` (rows 2g and 2g + 1 of the tile) in units of 4^t / 2.
+template <int kBases, int kBits, int kRows>
+__device__ __forceinline__ void add_chunk_of_planes(float (&sums)[kRows][2], const Chunk<kBases>& weights, int chunk,
+                                                    const uint32_t* planes, const float2* steps, int chunks, int lane) {
+  constexpr int kTiles = kBits / 8;  // of eight planes
+  const int t = lane % 4, sign = t == 3 ? -2 : 2;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int place = r * chunks + chunk;
+    const float2 step = steps[place];  // with half of the inputs' total
+    const float half_total = t == 0 ? step.y : 0.0f;
+    uint32_t x[kTiles];
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) x[i] = planes[(place * kTiles + i) * 32 + place_of_plane(lane, chunk)];
+    float part[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int b = 0; b < kBases; ++b) {
+      int c[4], d[4];
+      count_shared_bits(c, weights.words[b].x, weights.words[b].y, x[0]);
+      int first, second;
+      if constexpr (kTiles == 1) {
+        first = weigh(c[0], c[1], sign);
+        second = weigh(c[2], c[3], sign);
+      } else {
+        count_shared_bits(d, weights.words[b].x, weights.words[b].y, x[1]);
+        first = weigh(c[0], c[1], d[0], d[1], sign);
+        second = weigh(c[2], c[3], d[2], d[3], sign);
+      }
+      const float2 scale = to_floats(weights.scales[b]);
+      part[0] = fmaf(scale.x, static_cast<float>(first) - half_total, part[0]);
+      part[1] = fmaf(scale.y, static_cast<float>(second) - half_total, part[1]);
+    }
+    part[0] = fmaf(weights.offset.x, half_total, part[0]);
+    part[1] = fmaf(weights.offset.y, half_total, part[1]);
+    sums[r][0] = fmaf(step.x, part[0], sums[r][0]);
+    sums[r][1] = fmaf(step.x, part[1], sums[r][1]);
+  }
 }
 
 }  // namespace qbb::cuda

@@ -67,17 +67,6 @@ __device__ __forceinline__ void make_weights(uint32_t (&a)[4][4], const Levels (
   }
 }
 
-__device__ __forceinline__ void add_pairs(uint32_t (&a)[4][4], const uint32_t (&b)[4][4]) {
-#pragma unroll
-  for (int s = 0; s < 4; ++s) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const __half2 sum = __hadd2(*reinterpret_cast<const __half2*>(&a[s][i]), *reinterpret_cast<const __half2*>(&b[s][i]));
-      a[s][i] = *reinterpret_cast<const uint32_t*>(&sum);
-    }
-  }
-}
-
 // Results of a thread: outputs `out` and the next one of each eighth row, and of the row after it. y: the part's first
 // row, of which there are `here`. A warp writes 32 bytes at a time of four rows: whole sectors.
 template <int kTokens>

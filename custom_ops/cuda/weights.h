@@ -33,7 +33,7 @@ struct Rows {
   void* y;        // [M, N]
   Type type;   // of both
   int M;
-  int block;   // chunks of X in shared memory at a time (batch.cuh)
+  int block;   // chunks of X in shared memory at a time (batch.cuh), or stages of weights (decode_bulk.cuh)
 };
 
 constexpr int kChunkWords = 4;    // words of a row that one binary product takes: 128 inputs

@@ -39,7 +39,11 @@ Status* guard(const Api* api, const std::string& where, Body body) noexcept {
     body();
     return nullptr;
   } catch (const Failure& f) {
-    return CreateStatus(api, f.code(), (where + ": " + f.text()).c_str());
+    try {
+      return CreateStatus(api, f.code(), (where + ": " + f.text()).c_str());
+    } catch (...) {  // no memory for the whole text
+      return CreateStatus(api, f.code(), f.text().c_str());
+    }
   } catch (const std::bad_alloc&) {
     return CreateStatus(api, kFail, "qbb: out of memory");
   } catch (...) {

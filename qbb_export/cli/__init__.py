@@ -14,7 +14,7 @@ from qbb_export.cli import check, export, report, run, study
 from qbb_export.cli import compile as compiling
 from qbb_export.cli import eval as evaluate
 from qbb_export.cli.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, SPEAKS, Parser
-from qbb_export.errors import QbbError
+from qbb_export.errors import QbbError, is_lack_of_memory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,10 +49,16 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
         options = parser.parse_args(arguments)
         code: int = options.run(options)
         return code
-    except QbbError as error:
+    except Exception as error:
         notes = getattr(error, "__notes__", [])  # which process, where not all have the same error
+        if is_lack_of_memory(error):
+            told = f"out of memory ({error})" if isinstance(error, QbbError) else "out of memory"
+        elif isinstance(error, QbbError):
+            told = str(error)
+        else:
+            raise
         if SPEAKS or notes:
-            print("; ".join([f"error: {error}", *notes]), file=sys.stderr)
+            print("; ".join([f"error: {told}", *notes]), file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         if SPEAKS:

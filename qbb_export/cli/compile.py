@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from qbb_export.cli.terminal import EXIT_DISAGREES
+from qbb_export.format import MODES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="native (default), x86-64-v3, x86-64-v4, cortex-a76, cortex-a53, riscv64, or TVM's JSON",
     )
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="where to write library and manifest")
+    add("--mode", choices=MODES, help="what products may do to activations; default: as the file says")
     add("--force", action="store_true", help="replace an existing folder")
     add("--no-verify", action="store_true", help="do not compare with ONNX Runtime")
     parser.set_defaults(run=run)
@@ -32,7 +34,12 @@ def run(options: argparse.Namespace) -> int:
     from qbb_export.compiling import compile_and_compare
 
     rows = compile_and_compare(
-        options.model, options.target, options.output, force=options.force, verify=not options.no_verify
+        options.model,
+        options.target,
+        options.output,
+        force=options.force,
+        verify=not options.no_verify,
+        mode=options.mode,
     )
     out = Console()
     if options.no_verify:

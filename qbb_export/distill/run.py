@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from qbb_export.distill import text as texts
+from qbb_export.distill.deterministic import deterministic
 from qbb_export.distill.filter import most_different
 from qbb_export.distill.inputs import make_inputs
 from qbb_export.distill.objective import predicts_tokens, vocabulary_size, writes_text
@@ -143,14 +144,15 @@ def run_recipe(work: Work) -> dict[str, Quantized]:
         return {name: layer for name, layer in final.items() if layer is not None}
     layers = _start(work)
     recipe = work.recipe
-    if recipe.sweep is not None or recipe.distill:
-        text, validation = learning_text(work)
-    if recipe.sweep is not None:
-        layers = _sweep(work, layers, text)
-    logs: list[dict[str, Any]] = []
-    for number, settings in enumerate(recipe.distill, 1):
-        layers, log = _distill(work, layers, text, validation, settings, number)
-        logs += [{"phase": number, **asdict(line)} for line in log]
+    with deterministic(gradients=False):
+        if recipe.sweep is not None or recipe.distill:
+            text, validation = learning_text(work)
+        if recipe.sweep is not None:
+            layers = _sweep(work, layers, text)
+        logs: list[dict[str, Any]] = []
+        for number, settings in enumerate(recipe.distill, 1):
+            layers, log = _distill(work, layers, text, validation, settings, number)
+            logs += [{"phase": number, **asdict(line)} for line in log]
     if work.ranks.first:
         if logs:
             work.record.put_text("log.jsonl", "".join(json.dumps(line) + "\n" for line in logs))

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
+from qbb_export.distill.deterministic import deterministic
 from qbb_export.distill.gradients import Gradients
 from qbb_export.distill.objective import Outputs, distance, run, vocabulary_size
 from qbb_export.distill.ranks import ALONE, Ranks, spread_like, whole
 from qbb_export.distill.settings import DistillSettings
 from qbb_export.distill.student import Student
 from qbb_export.distill.text import Tokens, precision
-
-# Products on GPUs add in the same order on every run only with this, and PyTorch reads it before the first of them.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Elements of the logits held at once; larger batches are split and their gradients added.
 _LOGITS = {"cuda": 1 << 29, "cpu": 1 << 26}
@@ -185,7 +182,7 @@ def train(
     else:
         least = validate(teacher, model, validation, settings, ranks)
         log.append(LogLine(0, least, least, 0.0))
-    with _deterministic():
+    with deterministic():
         for step in range(first, settings.steps):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * rate_at(step, settings)
@@ -277,23 +274,3 @@ def _swap_blocks(student: Student, step: int, settings: DistillSettings) -> int:
         for bases in members:
             bases.bypass = number >= quantised
     return quantised
-
-
-class _deterministic:
-    """Kernels that add in the same order on every run; a resumed run then gives the same bytes."""
-
-    def __enter__(self) -> None:
-        settings: Any = torch.utils.deterministic
-        cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-        algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-        self._before = algorithms, cudnn, settings.fill_uninitialized_memory
-        # Not "warn only": with it, attention would still add in any order.
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # has no deterministic backward pass
-        settings.fill_uninitialized_memory = False  # a debugging aid that doubles the number of kernels
-
-    def __exit__(self, *_: object) -> None:
-        (enabled, warn_only), cudnn, fill = self._before
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

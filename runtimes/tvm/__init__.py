@@ -5,9 +5,10 @@ Needs the versions of TVM in ``versions.py``: ``pip install 'qbb-export[tvm]'``.
 
 from __future__ import annotations
 
+from qbb_export.runtimes.tvm.decoder import Decoder
 from qbb_export.runtimes.tvm.load import Compiled, load
 
-__all__ = ["Compiled", "compile", "load"]
+__all__ = ["Compiled", "Decoder", "compile", "load"]
 
 
 def __getattr__(name: str) -> object:

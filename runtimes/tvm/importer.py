@@ -15,17 +15,22 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import tvm
+from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common
 from tvm import relax
 from tvm.relax.frontend.onnx import onnx_frontend
 
 from qbb_export.errors import QbbError
 from qbb_export.format import LAYOUT_TILED, OP_TYPE, Spec, from_layout, to_layout
-from qbb_export.runtimes.tvm import operator
+from qbb_export.runtimes.tvm import contrib, operator
 
 
-def import_model(path: Path) -> tuple[Any, onnx.GraphProto]:
+def import_model(path: Path, mode: int | None = None) -> tuple[Any, onnx.GraphProto]:
     """The Relax module of a checked .onnx file, and the graph that was imported.
+
+    Args:
+        path: the file.
+        mode: of all products, in place of the nodes' own.
 
     Raises:
         QbbError: an operator that TVM cannot import.
@@ -37,12 +42,40 @@ def import_model(path: Path) -> tuple[Any, onnx.GraphProto]:
     common.InlinePass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     proto = ir.to_proto(model)
+    _fold_constants(proto.graph)
+    if mode is not None:
+        _set_mode(proto.graph, mode)
     opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     importer = _Importer(None, "float32", keep_params_in_input=False, sanitize=False)
     try:
         return importer.from_onnx(proto.graph, opset), proto.graph
     except tvm.error.OpNotImplemented as error:
         raise QbbError("TVM cannot import an operator", where=path, got=str(error).splitlines()[0]) from error
+
+
+def _fold_constants(graph: onnx.GraphProto) -> None:
+    """Compute what depends on nothing but constants: rotations, the output head's transpose."""
+    known = {tensor.name: tensor for tensor in graph.initializer}
+    kept = []
+    for node in graph.node:
+        nested = any(attribute.HasField("g") for attribute in node.attribute)
+        if nested or node.domain not in ("", "ai.onnx") or not node.input or not all(n in known for n in node.input):
+            kept.append(node)
+            continue
+        feeds = {name: onnx.numpy_helper.to_array(known[name]) for name in node.input}
+        for name, value in zip(node.output, ReferenceEvaluator(node).run(None, feeds), strict=True):
+            known[name] = onnx.numpy_helper.from_array(np.ascontiguousarray(value), name)
+            graph.initializer.append(known[name])
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _set_mode(graph: onnx.GraphProto, mode: int) -> None:
+    for node in graph.node:
+        if node.op_type == OP_TYPE:
+            own = [attribute for attribute in node.attribute if attribute.name != "mode"]
+            del node.attribute[:]
+            node.attribute.extend([*own, onnx.helper.make_attribute("mode", mode)])
 
 
 class _Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
@@ -71,7 +104,8 @@ def _binary_basis_matmul(builder: Any, inputs: Any, attributes: dict[str, Any], 
     wide = np.broadcast_to(offset, (spec.tiles, spec.groups, operator.LANES)).astype(np.float32)
     padded = np.zeros((spec.tiles, operator.LANES), np.float32)
     padded.reshape(-1)[: spec.N] = np.broadcast_to(bias.reshape(-1), spec.N)
-    function = operator.exact(spec, str(scales.dtype)).without_attr("global_symbol")  # the builder finds a free name
+    function = operator.reference(spec, str(scales.dtype), int(attributes.get("mode", 0)))
+    function = function.without_attr("global_symbol")  # the builder finds a free name
     kernel = builder.add_func(function, f"binary_basis_matmul_{spec.K}_{spec.N}_{spec.bases}")
     sizes = list(x.ty.shape.values)
     rows_of_x = sizes[0]
@@ -101,8 +135,20 @@ def _reshape(builder: Any, inputs: Any, attributes: dict[str, Any], parameters: 
     return onnx_frontend.Reshape.get_converter(13)(builder, inputs, attributes, parameters)
 
 
+def _slice(builder: Any, inputs: Any, attributes: dict[str, Any], parameters: Any) -> Any:
+    ends = inputs[2].value.numpy().tolist() if isinstance(inputs[2], tvm.ir.GenericConst) else []
+    if any(end >= _FAR for end in ends) and hasattr(inputs[0].ty, "shape"):
+        sizes = inputs[0].ty.shape.values
+        axes = _array(inputs[3]).tolist() if inputs[3] is not None else range(len(ends))
+        inputs[2] = relax.ShapeExpr([sizes[axis] if end >= _FAR else end for axis, end in zip(axes, ends, strict=True)])
+    return onnx_frontend.Slice.get_converter(13)(builder, inputs, attributes, parameters)
+
+
+_FAR: Final = 2**31 - 1  # as an end: the size. Exporters write 2**63 - 1, with which GPU schedules overflow
 _CONVERTERS: Final[dict[str, Callable[..., Any]]] = {
+    **contrib.CONVERTERS,
     OP_TYPE: _binary_basis_matmul,
     "Range": _range,
     "Reshape": _reshape,
+    "Slice": _slice,
 }

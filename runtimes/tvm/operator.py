@@ -11,16 +11,31 @@ group, and input i of a word in bit 8·(i%16/4) + i%4 + 4·(i/16) (docs/format.m
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from tvm.script import tirx as T
 
 from qbb_export.format import TILE_ROWS, WORD_BITS, Spec
 
 LANES = TILE_ROWS
+TAG: Final = "qbb.binary_basis_matmul"  # of reference functions: K, N, bases, group_size and mode
 
 
-def exact(spec: Spec, scale_dtype: str) -> Any:
+def reference(spec: Spec, scale_dtype: str, mode: int) -> Any:
+    """:func:`exact` with a tag, which the pass ``LowerBinaryBasis`` looks for."""
+    return exact(spec, scale_dtype).with_attr(TAG, [spec.K, spec.N, spec.bases, spec.group_size, mode])
+
+
+def tag_of(function: Any) -> tuple[Spec, int] | None:
+    """Spec and mode of a reference function, None for any other."""
+    tag = None if function.attrs is None else function.attrs.get(TAG)
+    if tag is None:
+        return None
+    *numbers, mode = map(int, tag)
+    return Spec(*numbers), mode
+
+
+def exact(spec: Spec, scale_dtype: str, *, threads: bool = True) -> Any:
     """PrimFunc of X float32 ``[M, K]`` (M is free), planes uint32 ``[bases, tiles, words, 16]``, scales ``scale_dtype``
     ``[bases, tiles, groups, 16]``, offset float32 ``[tiles, groups, 16]``, bias float32 ``[tiles, 16]`` and
     Y float32 ``[M, N]``.
@@ -28,7 +43,9 @@ def exact(spec: Spec, scale_dtype: str) -> Any:
     Args:
         spec: layout 1.
         scale_dtype: ``"float16"`` or ``"float32"``.
+        threads: False: for programs without TVM's runtime, which has the threads.
     """
+    tile_loop = T.parallel if threads else T.serial
     K, N, bases, tiles, words, groups = spec.K, spec.N, spec.bases, spec.tiles, spec.words, spec.groups
     group_words = words if spec.group_size == K else spec.group_size // WORD_BITS
     rest = K - (words - 1) * WORD_BITS  # inputs of the last word
@@ -47,7 +64,7 @@ def exact(spec: Spec, scale_dtype: str) -> Any:
         x = T.match_buffer(x_handle, (M, K), "float32")
         y = T.match_buffer(y_handle, (M, N), "float32")
         with T.sblock("root"):
-            for tile in T.parallel(tiles):
+            for tile in tile_loop(tiles):
                 for row in T.serial(M):
                     with T.sblock("tile"):
                         t = T.axis.spatial(tiles, tile)

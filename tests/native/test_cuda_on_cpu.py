@@ -18,7 +18,7 @@ from tests.kernels.layers import Layer, make_layer, with_garbage
 ROOT = Path(__file__).parents[2]
 CXX = shutil.which("g++") or shutil.which("clang++")
 HEADERS = next((p for p in Path("/usr/local").glob("cuda*/include") if (p / "cuda_fp16.h").is_file()), None)
-DECODE, BATCH, PROMPT, GENERAL, BYTES = range(5)
+DECODE, BATCH, PROMPT, GENERAL, BYTES, CLUSTER_BYTES, CLUSTER_HALVES, BULK = range(8)
 FLOAT32, FLOAT16, BFLOAT16 = 1, 10, 16
 
 
@@ -109,8 +109,9 @@ def run(
     found = (y.astype(np.uint32) << 16).view(np.float32) if found is None else found
     exact_x = exact_x.astype(np.float64)
     digits = {FLOAT32: 24, FLOAT16: 11, BFLOAT16: 8}[kind]
-    bits = option // 100 if path == DECODE else 16
-    bound = cuda_bound(layer, exact_x, digits=digits, half=path in (BATCH, PROMPT), bits=bits, whole=path == BYTES)
+    bits = option // 100 if path in (DECODE, BULK) else 16
+    half, whole = path in (BATCH, PROMPT, CLUSTER_HALVES), path in (BYTES, CLUSTER_BYTES)
+    bound = cuda_bound(layer, exact_x, digits=digits, half=half, bits=bits, whole=whole)
     error = np.abs(found.astype(np.float64) - layer.exact(exact_x))
     assert (error <= bound).all(), (s, path, option, kind, float(np.nanmax(error)), float(bound.max()))
 
@@ -129,6 +130,19 @@ def test_decode(library: ctypes.CDLL, bases: int) -> None:
         rows = int(rng.integers(1, step + 1))
         kind = int(rng.choice((FLOAT32, FLOAT16, BFLOAT16)))
         run(library, with_garbage(rng, layer), inputs(rng, rows, K), kind, DECODE, 100 * bits + step)
+
+
+@pytest.mark.parametrize("bases", [1, 2, 3, 4])
+def test_decode_bulk(library: ctypes.CDLL, bases: int) -> None:
+    rng = np.random.default_rng(bases)
+    for (K, N, group), option in itertools.product(
+        ((300, 40, 300), (1100, 70, 256), (4480, 40, 128)), (801, 804, 1601, 1602)
+    ):
+        layer = make_layer(rng, K, N, bases, group, dtype=np.float16, offset=bool(rng.integers(2)))
+        rows = int(rng.integers(1, option % 100 + 1))
+        kind, stages = int(rng.choice((FLOAT32, FLOAT16, BFLOAT16))), int(rng.choice((0, 2, 3)))
+        blocks = int(rng.integers(1, 4))
+        run(library, with_garbage(rng, layer), inputs(rng, rows, K), kind, BULK, option, blocks, stages)
 
 
 @pytest.mark.parametrize("bases", [1, 2, 3, 4])
@@ -155,6 +169,23 @@ def test_bytes(library: ctypes.CDLL, bases: int) -> None:
         for kind in (FLOAT32, FLOAT16, BFLOAT16):
             options = {"blocks": int(rng.integers(1, 4)), "block": int(rng.choice((0, 2, 8)))}
             run(library, with_garbage(rng, layer), x, kind, BYTES, columns, **options)
+
+
+@pytest.mark.parametrize("bases", [1, 2, 3, 4])
+def test_cluster(library: ctypes.CDLL, bases: int) -> None:
+    """Blocks without chunks of their own, pieces that end early, groups across pieces, several sets, rounds of rows."""
+    rng = np.random.default_rng(bases)
+    cases = itertools.cycle(((1, 1), (2, 3), (4, 2), (8, 1)))  # blocks of a cluster, and clusters
+    shapes = ((128, 16, 128), (301, 40, 301), (1160, 33, 256), (1408, 200, 128))
+    for (K, N, group), (path, rows) in itertools.product(
+        shapes, ((CLUSTER_BYTES, 8), (CLUSTER_BYTES, 16), (CLUSTER_HALVES, 8), (CLUSTER_HALVES, 32))
+    ):
+        layer = make_layer(rng, K, N, bases, group, dtype=np.float16, offset=bool(rng.integers(2)))
+        kinds = (FLOAT16, BFLOAT16, FLOAT32) if (path, rows) == (CLUSTER_BYTES, 8) else (FLOAT16, BFLOAT16)
+        for kind in kinds:
+            x = inputs(rng, int(rng.integers(1, 3 * rows)), K)
+            blocks, clusters = next(cases)
+            run(library, with_garbage(rng, layer), x, kind, path, 100 * blocks + rows, blocks * clusters)
 
 
 @pytest.mark.parametrize("bases", [1, 2, 3, 4])

@@ -1,5 +1,5 @@
-// Runs the blocks of a CUDA kernel on a CPU, one after the other; each thread is a fiber, and those that wait for others
-// let them run. Slow, but it finds wrong indices and missing barriers where there is no GPU.
+// Runs the blocks of a CUDA kernel on a CPU, one cluster after the other; each thread is a fiber, and those that wait for
+// others let them run. Slow, but it finds wrong indices and missing barriers where there is no GPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -28,7 +28,7 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 #define threadIdx (emulate::now().thread)
-#define blockIdx (emulate::state().block)
+#define blockIdx (emulate::now().block->index)
 #define gridDim (emulate::state().grid)
 
 namespace emulate {
@@ -45,22 +45,45 @@ struct Warp {
   Shown shown[2] = {};
 };
 
+// In shared memory; a phase ends when so many have arrived and so many bytes have come.
+struct Barrier {
+  int expected = 0, arrived = 0, number = 0;
+  int64_t bytes = 0;
+  std::vector<std::function<void()>> copies;  // on their way
+
+  void end_phase() {
+    if (arrived < expected || bytes != 0) return;
+    arrived = 0;
+    ++number;
+  }
+};
+
+struct Block {
+  dim3 index{};
+  int rank = 0;  // in its cluster
+  std::vector<Warp> warps;
+  Meeting everybody;
+  std::map<int, Meeting> some;  // by number of the barrier
+  std::unique_ptr<char[]> memory;
+  char* memory_start = nullptr;
+};
+
 struct Fiber {
   dim3 thread{};
+  Block* block = nullptr;
   ucontext_t context{};
   std::unique_ptr<char[]> stack;
   bool ended = false;
 };
 
 struct State {
-  dim3 block{}, grid{};
-  std::vector<Fiber> fibers;
-  std::vector<Warp> warps;
-  Meeting everybody;
-  std::map<const void*, Meeting> barriers;
-  std::unique_ptr<char[]> memory;
-  char* memory_start = nullptr;
+  dim3 grid{};
+  std::vector<Block> cluster;
+  std::vector<Fiber> fibers;  // of all blocks of a cluster
+  std::map<const void*, Barrier> barriers;
+  size_t entered = 0;  // threads of the cluster
   size_t current = 0;
+  uint32_t random = 1;
   ucontext_t scheduler{};
   const std::function<void()>* kernel = nullptr;
 };
@@ -87,7 +110,7 @@ inline void meet(Meeting& m) {
 // What all lanes of this warp show, once all of them have.
 inline const Shown& show(const uint32_t* words, int count) {
   const int thread = static_cast<int>(now().thread.x);
-  Warp& warp = state().warps[static_cast<size_t>(thread / kLanes)];
+  Warp& warp = now().block->warps[static_cast<size_t>(thread / kLanes)];
   Shown& shown = warp.shown[warp.meeting.number % 2];  // the other one is still being read
   for (int i = 0; i < count; ++i) shown[thread % kLanes][i] = words[i];
   meet(warp.meeting);
@@ -102,33 +125,45 @@ inline void run_fiber() {
   swapcontext(&now().context, &state().scheduler);
 }
 
-// Returns false if all that are left wait for each other.
-inline bool run(dim3 grid, int threads, size_t memory, const std::function<void()>& kernel) {
-  constexpr size_t kStack = size_t{1} << 17;
+// Returns false if all that are left wait for each other. `cluster`: blocks of one.
+inline bool run(dim3 grid, int threads, size_t memory, const std::function<void()>& kernel, unsigned cluster = 1) {
+  constexpr size_t kStack = size_t{1} << 17, kAlign = 1024;
   State& s = state();
   s.grid = grid;
   s.kernel = &kernel;
-  s.memory.reset(new char[memory + 1024]);
-  s.memory_start = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(s.memory.get()) + 1023) / 1024 * 1024);
-  s.fibers.resize(static_cast<size_t>(threads));
+  s.cluster.resize(cluster);
+  s.fibers.resize(static_cast<size_t>(threads) * cluster);
+  for (auto& block : s.cluster) {
+    block.memory.reset(new char[memory + kAlign]);
+    block.memory_start =
+        reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(block.memory.get()) + kAlign - 1) / kAlign * kAlign);
+  }
   for (auto& fiber : s.fibers) {
     if (!fiber.stack) fiber.stack.reset(new char[kStack]);
   }
-  for (s.block.y = 0; s.block.y < grid.y; ++s.block.y) {
-    for (s.block.x = 0; s.block.x < grid.x; ++s.block.x) {
-      std::memset(s.memory.get(), 0xff, memory + 1024);  // NaN: nobody may count on zeros
-      s.warps.assign(static_cast<size_t>(threads / kLanes), Warp{});
-      s.everybody = Meeting{threads};
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; x += cluster) {
       s.barriers.clear();
-      for (size_t i = 0; i < s.fibers.size(); ++i) {
-        Fiber& fiber = s.fibers[i];
-        fiber.thread = dim3(static_cast<unsigned>(i));
-        fiber.ended = false;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = kStack;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, run_fiber, 0);
+      s.entered = 0;
+      for (unsigned rank = 0; rank < cluster; ++rank) {
+        Block& block = s.cluster[rank];
+        std::memset(block.memory.get(), 0xff, memory + kAlign);  // NaN: nobody may count on zeros
+        block.index = dim3(x + rank, y);
+        block.rank = static_cast<int>(rank);
+        block.warps.assign(static_cast<size_t>(threads / kLanes), Warp{});
+        block.everybody = Meeting{threads};
+        block.some.clear();
+        for (int i = 0; i < threads; ++i) {
+          Fiber& fiber = s.fibers[rank * static_cast<size_t>(threads) + static_cast<size_t>(i)];
+          fiber.thread = dim3(static_cast<unsigned>(i));
+          fiber.block = &block;
+          fiber.ended = false;
+          getcontext(&fiber.context);
+          fiber.context.uc_stack.ss_sp = fiber.stack.get();
+          fiber.context.uc_stack.ss_size = kStack;
+          fiber.context.uc_link = nullptr;
+          makecontext(&fiber.context, run_fiber, 0);
+        }
       }
       size_t left = s.fibers.size();
       for (int rounds = 0; left > 0; ++rounds) {
@@ -148,7 +183,7 @@ inline uint32_t shuffle(uint32_t v, int from) { return show(&v, 1)[from][0]; }
 
 }  // namespace emulate
 
-inline void __syncthreads() { emulate::meet(emulate::state().everybody); }
+inline void __syncthreads() { emulate::meet(emulate::now().block->everybody); }
 inline void __syncwarp() { emulate::show(nullptr, 0); }
 inline uint32_t __shfl_sync(unsigned, uint32_t v, int from) { return emulate::shuffle(v, from); }
 inline uint32_t __shfl_xor_sync(unsigned, uint32_t v, int mask) { return emulate::shuffle(v, emulate::lane() ^ mask); }

@@ -8,7 +8,7 @@ namespace qbb::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-inline uint4* block_memory() { return reinterpret_cast<uint4*>(emulate::state().memory_start); }
+inline uint4* block_memory() { return reinterpret_cast<uint4*>(emulate::now().block->memory_start); }
 
 inline int sum_of_lanes(int v) {
   const auto bits = static_cast<uint32_t>(v);
@@ -24,6 +24,18 @@ inline float max_of_lanes(float v) {
   float largest = 0;
   for (const auto& lane : all) largest = std::max(largest, __uint_as_float(lane[0]));
   return largest;
+}
+
+inline uint32_t look_up_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+
+template <uint32_t kMask>
+inline uint32_t choose_bits(uint32_t a, uint32_t b) {
+  return (a & kMask) | (b & ~kMask);
+}
+
+template <int kBits>
+inline uint32_t shift_right(uint32_t v) {
+  return v >> kBits;
 }
 
 inline void wait_for_previous_kernel() {}

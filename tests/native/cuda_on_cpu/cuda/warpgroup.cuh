@@ -1,31 +1,31 @@
 // custom_ops/cuda/warpgroup.cuh for emulate.h. Products happen at once, so what is forgotten to be waited for is not found.
 #pragma once
 
+#include "cuda/barriers.cuh"
 #include "cuda/instructions.cuh"
 
 #define QBB_WARPGROUP_PRODUCTS 1
 
 namespace qbb::cuda {
 
-inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(static_cast<const char*>(p) - emulate::state().memory_start);
-}
-
-inline void init_barrier(uint64_t* barrier, int count) { emulate::state().barriers[barrier] = emulate::Meeting{count}; }
-inline void show_barriers() {}
 inline void show_stores() {}
 
-inline void arrive(uint64_t* barrier) {
-  emulate::Meeting& m = emulate::state().barriers.at(barrier);
-  if (++m.arrived == m.expected) {
-    m.arrived = 0;
-    ++m.number;
-  }
+inline int cluster_rank() { return emulate::now().block->rank; }
+inline int cluster_size() { return static_cast<int>(emulate::state().cluster.size()); }
+inline void enter_cluster() { ++emulate::state().entered; }
+inline void wait_for_cluster() {
+  while (emulate::state().entered < emulate::state().fibers.size()) emulate::let_others_run();
 }
 
-inline void wait_for(uint64_t* barrier, int parity) {
-  while (emulate::state().barriers.at(barrier).number % 2 == parity) emulate::let_others_run();
+inline uint32_t address_in_block(const void* p, int rank) {
+  return static_cast<uint32_t>(rank) << 24 | shared_address(p);
 }
+inline char* place_in_cluster(uint32_t address) {
+  return emulate::state().cluster[address >> 24].memory_start + (address & 0xffffffu);
+}
+inline void store_in_block(uint32_t address, float4 v) { std::memcpy(place_in_cluster(address), &v, sizeof v); }
+inline void arrive_in_block(uint32_t barrier) { arrive(reinterpret_cast<uint64_t*>(place_in_cluster(barrier))); }
+inline void wait_for_blocks(uint64_t* barrier, int parity) { wait_for(barrier, parity); }
 
 // Copies happen when they are waited for, not before: that is what a kernel may count on.
 struct Copy {
@@ -40,7 +40,7 @@ inline std::vector<Copy>& copies() {
 }
 
 inline void copy_piece(uint32_t to, const void* from, bool real) {
-  copies().push_back(Copy{emulate::state().memory_start + to, from, real ? size_t{16} : 0, real ? 0 : size_t{16}});
+  copies().push_back(Copy{emulate::now().block->memory_start + to, from, real ? size_t{16} : 0, real ? 0 : size_t{16}});
 }
 
 inline void finish_copies() {
@@ -56,19 +56,40 @@ inline void arrive_after_copies(uint64_t* barrier) {
 }
 
 inline uint64_t descriptor(uint32_t address) { return address; }
+inline uint64_t later(uint64_t descriptor, int bytes) { return descriptor + static_cast<uint64_t>(bytes); }
 
-template <int kSums>
+// Byte `at` of row `token` of a matrix in shared memory: pieces of 16 change places by the row within eight.
+inline const char* place_of(uint64_t matrix, int token, int at) {
+  const uint32_t plain = static_cast<uint32_t>(matrix) + static_cast<uint32_t>(token) * 128 + static_cast<uint32_t>(at);
+  return emulate::now().block->memory_start + (plain ^ ((plain >> 7 & 7u) << 4));
+}
+
+template <bool kAdd = true, int kSums>
 inline void start_product(float (&c)[kSums], const uint32_t (&a)[4], uint64_t b) {
   const emulate::Shown& all = emulate::show(a, 4);
   const int g = emulate::lane() / 4, t = emulate::lane() % 4;
   for (int i = 0; i < kSums; ++i) {
     const int row = g + i % 4 / 2 * 8, token = i / 4 * 8 + 2 * t + i % 2;
+    if (!kAdd) c[i] = 0.0f;
     for (int k = 0; k < 16; ++k) {
-      const uint32_t at = static_cast<uint32_t>(b) + static_cast<uint32_t>(token) * 128 + static_cast<uint32_t>(k) * 2;
-      const uint32_t swizzled = at ^ ((at >> 7 & 7u) << 4);  // 16-byte pieces, by the row within eight
       uint16_t bits;
-      std::memcpy(&bits, emulate::state().memory_start + swizzled, 2);
+      std::memcpy(&bits, place_of(b, token, 2 * k), 2);
       c[i] += element_of_a(all, row, k) * half_of(bits, 0);
+    }
+  }
+}
+
+// Bytes: four neighbouring ones in a register where there were two numbers.
+template <bool kAdd = true, int kSums>
+inline void start_product(int (&c)[kSums], const uint32_t (&a)[4], uint64_t b) {
+  const emulate::Shown& all = emulate::show(a, 4);
+  const int g = emulate::lane() / 4, t = emulate::lane() % 4;
+  for (int i = 0; i < kSums; ++i) {
+    const int row = g + i % 4 / 2 * 8, token = i / 4 * 8 + 2 * t + i % 2;
+    if (!kAdd) c[i] = 0;
+    for (int k = 0; k < 32; ++k) {
+      const uint32_t four = all[4 * (row % 8) + k % 16 / 4][row / 8 + k / 16 * 2];
+      c[i] += static_cast<int8_t>(four >> (8 * (k % 4))) * static_cast<int8_t>(*place_of(b, token, k));
     }
   }
 }
@@ -77,6 +98,8 @@ inline void begin_products() {}
 inline void end_products() {}
 template <int kOpen>
 inline void wait_for_products() {}
+template <class T>
+inline void hold(T&) {}
 template <int kCount>
 inline void give_registers() {}
 template <int kCount>

@@ -1,0 +1,176 @@
+"""Programs that run what TVM compiled, as examples/tvm/README.md says; those for other machines in qemu."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+tvm = pytest.importorskip("tvm", reason="TVM was NOT tested: pip install 'qbb-export[tvm]'")
+import tvm_ffi  # noqa: E402
+
+from qbb_export.passes.function_body import AttachFunctionBody  # noqa: E402
+from qbb_export.runtimes.tvm.build import compile_model  # noqa: E402
+from qbb_export.runtimes.tvm.versions import PINNED  # noqa: E402
+from tests.kernels.layers import Layer, make_layer, make_node_model  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+HEADERS = tvm_ffi.libinfo.find_include_path()
+LIBRARIES = ("tvm/lib/libtvm_runtime.so", "tvm_ffi/lib/libtvm_ffi.so")
+PACKAGES = {
+    "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
+    "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu",
+    "riscv64-linux-gnu-gcc": "gcc-riscv64-linux-gnu",
+    "qemu-aarch64-static": "qemu-user-static",
+    "qemu-riscv64-static": "qemu-user-static",
+    "g++": "g++",
+    "node": "nodejs",
+    "wasm-ld": "lld",
+}
+
+
+def need(*commands: str) -> None:
+    missing = [PACKAGES[command] for command in commands if shutil.which(command) is None]
+    if missing:
+        pytest.skip(f"compiled models were NOT run here; to run them: apt-get install {' '.join(missing)}")
+
+
+def run(*command: object, **options: object) -> subprocess.CompletedProcess[bytes]:
+    done = subprocess.run([str(word) for word in command], capture_output=True, **options)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stderr.decode()
+    return done  # type: ignore[no-any-return]
+
+
+def command(start: str) -> list[str]:
+    """The README's line that starts so."""
+    found = re.search(rf"^    ({re.escape(start)}.*)$", (ROOT / "examples/tvm/README.md").read_text(), re.MULTILINE)
+    assert found is not None
+    return found.group(1).split()
+
+
+def save(layer: Layer, path: Path) -> Path:
+    model = ir.from_proto(make_node_model(layer, dims=("batch", 3)))
+    AttachFunctionBody()(model)
+    ir.save(model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def layer() -> Layer:
+    return make_layer(np.random.default_rng(0), 130, 33, 3, 64, dtype=np.float16)
+
+
+@pytest.fixture(scope="module")
+def model(layer: Layer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(layer, tmp_path_factory.mktemp("model") / "model.onnx")
+
+
+def build_runner(compiler: str, libraries: list[Path], folder: Path) -> Path:
+    lib = folder / "lib"
+    lib.mkdir()
+    for library in libraries:
+        shutil.copy(library, lib)
+    words = command("g++ -std=c++17")
+    replaced = {"g++": compiler, "HEADERS": HEADERS, "LIBS": lib, "run_model": folder / "run_model"}
+    run(*(replaced.get(word, word) for word in words), cwd=ROOT)
+    return folder / "run_model"
+
+
+def check_printed(text: str, layer: Layer, size: int) -> None:
+    name, shape, values = re.fullmatch(r"(\w+) \[(.*)\]: (.*)\n", text).groups()  # type: ignore[union-attr]
+    assert (name, shape) == ("Y", f"{size}, 3, 33")
+    x = np.full((1, 130), 0.5, np.float32)
+    found = np.array([float(value) for value in values.split()])
+    assert (np.abs(found - layer.exact(x)[0, :4]) <= layer.bound(x)[0, :4]).all()
+
+
+def test_cpp(model: Path, layer: Layer, tmp_path: Path) -> None:
+    need("g++")
+    site = Path(tvm.__file__).parents[1]
+    program = build_runner("g++", [site / library for library in LIBRARIES], tmp_path)
+    compile_model(model, "native", tmp_path / "out")
+    found = {"env": {"LD_LIBRARY_PATH": str(tmp_path / "lib")}}
+    check_printed(run(program, tmp_path / "out", 5, **found).stdout.decode(), layer, 5)
+    assert len((ROOT / "examples/tvm/run_model.cc").read_text().splitlines()) <= 80
+
+    refused = subprocess.run([program, tmp_path / "nothing"], capture_output=True, text=True, **found)  # type: ignore[call-overload]
+    assert refused.returncode == 1 and refused.stderr.startswith("error: ")
+
+
+@pytest.mark.slow  # downloads 98 MB
+def test_cpp_on_arm(model: Path, layer: Layer, tmp_path: Path) -> None:
+    """All of TVM's virtual machine, with the libraries of the wheels for Arm."""
+    need("aarch64-linux-gnu-g++", "qemu-aarch64-static")
+    wanted = [f"{name}=={version}" for name, version in PINNED.items()]
+    pip = (sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", tmp_path / "wheels")
+    platform = ("--platform", "manylinux_2_28_aarch64")
+    done = subprocess.run([*pip, *platform, *wanted], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"compiled models were NOT run on Arm: no wheels: {done.stderr.strip().splitlines()[-1]}")
+    for wheel in (tmp_path / "wheels").glob("*.whl"):
+        with zipfile.ZipFile(wheel) as file:
+            for name in set(file.namelist()) & set(LIBRARIES):
+                file.extract(name, tmp_path)
+    program = build_runner("aarch64-linux-gnu-g++", [tmp_path / library for library in LIBRARIES], tmp_path)
+    for target, cpu in (("cortex-a76", "cortex-a76"), ("cortex-a53", "cortex-a53")):
+        compile_model(model, target, tmp_path / target)
+        qemu = ("qemu-aarch64-static", "-cpu", cpu, "-L", "/usr/aarch64-linux-gnu")
+        printed = run(*qemu, "-E", f"LD_LIBRARY_PATH={tmp_path / 'lib'}", program, tmp_path / target, 2).stdout.decode()
+        check_printed(printed, layer, 2)
+
+
+def make_kernel(model: Path, target: str, folder: Path) -> None:
+    words = command("python examples/tvm/make_kernel.py model.onnx NODE riscv64")
+    replaced = {"python": sys.executable, "model.onnx": model, "NODE": "linear", "riscv64": target, "layer": folder}
+    run(*(replaced.get(word, word) for word in words), cwd=ROOT)
+
+
+def check_kernel(layer: Layer, *program: object) -> None:
+    x = np.random.default_rng(1).standard_normal((3, 130), dtype=np.float32)
+    y = np.frombuffer(run(*program, input=x.tobytes()).stdout, np.float32).reshape(3, 33)
+    assert (np.abs(y - layer.exact(x)) <= layer.bound(x)).all()
+
+
+@pytest.mark.parametrize(
+    ("target", "cpu", "qemu"),
+    [("riscv64", "riscv64", ("-cpu", "rv64")), ("cortex-a53", "aarch64", ("-cpu", "cortex-a53"))],
+)
+def test_c_without_a_runtime(
+    target: str, cpu: str, qemu: tuple[str, ...], model: Path, layer: Layer, tmp_path: Path
+) -> None:
+    compiler = f"{cpu}-linux-gnu-gcc"
+    need(compiler, f"qemu-{cpu}-static")
+    folder = tmp_path / "layer"
+    make_kernel(model, target, folder)
+    replaced = {"riscv64-linux-gnu-gcc": compiler, "HEADERS": HEADERS, "layer": folder, "kernel": tmp_path / "kernel"}
+    replaced |= {f"layer/{name}": folder / name for name in ("kernel.o", "layer.S")}
+    replaced["-Wa,-I,layer"] = f"-Wa,-I,{folder}"
+    words = command("riscv64-linux-gnu-gcc")
+    run(*(replaced.get(word, word) for word in words), "-Wall", "-Wextra", "-Werror", cwd=ROOT)
+    check_kernel(layer, f"qemu-{cpu}-static", *qemu, tmp_path / "kernel")
+
+
+def test_webassembly(model: Path, layer: Layer, tmp_path: Path) -> None:
+    need("node", "wasm-ld")
+    folder = tmp_path / "layer"
+    make_kernel(model, "wasm32", folder)
+    replaced = {"layer/kernel.o": folder / "kernel.o", "kernel.wasm": tmp_path / "kernel.wasm"}
+    run(*(replaced.get(word, word) for word in command("wasm-ld")), cwd=ROOT)
+    check_kernel(layer, "node", ROOT / "examples/tvm/kernel.mjs", tmp_path / "kernel.wasm", folder)
+
+
+def test_unknown_node(model: Path, tmp_path: Path) -> None:
+    script = ROOT / "examples/tvm/make_kernel.py"
+    words = [sys.executable, script, model, "-", "native", tmp_path / "x"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1 and "no such node; expected linear; got -" in done.stderr
+    assert not (tmp_path / "x").exists()
+    assert onnx.load(model).graph.node[0].name == "linear"
