@@ -23,9 +23,13 @@ DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bo
 
 
 def as_stored(content: bytes) -> bytes:
-    """What a file says apart from its metadata, where the digest lies, and from fields that ONNX does not know."""
+    """What a file computes: all but metadata, where the digest lies, remarks, and fields that ONNX does not know.
+
+    A flip in the digest's own tag makes it a remark (``doc_string``, ``producer_name``); the model is the same.
+    """
     model = onnx.load_model_from_string(content)
-    del model.metadata_props[:]
+    for remark in ("metadata_props", "doc_string", "producer_name", "producer_version", "domain", "model_version"):
+        model.ClearField(remark)
     model.DiscardUnknownFields()
     return bytes(model.SerializeToString(deterministic=True))
 
