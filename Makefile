@@ -23,7 +23,7 @@ NATIVE := $(shell find custom_ops -type f ! -name '*.py' ! -name '*.pyc' ! -name
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format test-gpu test-slow wheel-test install clean
+.PHONY: help demo test lint format test-gpu test-slow soak coverage wheel-test install clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,18 @@ test-gpu: $(INSTALLED) ## tests that need an NVIDIA GPU
 
 test-slow: $(INSTALLED) ## tests that take minutes each
 	$(PY) -m pytest -m slow -n $(WORKERS) $(PYTEST_ARGS)
+
+soak: $(INSTALLED) ## every damaged file, every check removed in turn, …: an hour or more, with tables at the end
+	$(PY) -m pytest -m soak -n 0 $(PYTEST_ARGS)
+
+# The validators, and the tests that aim at them: what no test reaches here, no test guards.
+VALIDATORS := */format.py,*/record.py,*/artifact.py,*/gate.py,*/verify.py
+VALIDATOR_TESTS := tests/unit/test_format.py tests/unit/test_record.py tests/unit/test_record_edges.py \
+                   tests/unit/test_artifact.py tests/corrupt/test_kinds.py tests/golden
+
+coverage: $(INSTALLED) ## every branch of the validators is run by their tests, or this fails
+	$(PY) -m coverage run -m pytest -q -n 0 $(VALIDATOR_TESTS)
+	$(PY) -m coverage report --show-missing --fail-under=100 --include='$(VALIDATORS)'
 
 wheel-test: $(INSTALLED) ## sdist, wheel from the sdist, tests against the installed wheel without PyTorch
 	.ci/wheel-test

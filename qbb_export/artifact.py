@@ -1,13 +1,19 @@
 """Read model files, and write ``model.onnx`` with one external data file that bears its own SHA-256 as name.
 
 The rename of ``model.onnx`` is the commit point: before it the old file and its data are untouched, after it the new
-ones are complete. A graph can therefore never be paired with another graph's weights.
+ones are complete. A graph can therefore never be paired with another graph's weights. The graph carries its own SHA-256
+in its metadata: small weights lie in it, and no parser notices a flipped bit in them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import hashlib
 import os
 import re
+import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,30 +31,46 @@ EXTERNAL_FROM_BYTES = 4096
 # ONNX Runtime maps page-aligned data in place instead of copying it.
 PAGE = 4096
 _DATA_NAME = re.compile(r"\.([0-9a-f]{64})\.data")
+# Entry of the graph's metadata: SHA-256 of the file with 64 zeros in the digest's place.
+SEAL_KEY = "qbb.sha256"
+_NO_SEAL = "0" * 64
 
 OnTensor = Callable[[int, int], None]
 
 
-def read_graph(path: Path) -> ir.Model:
+def read_graph(path: Path, *, sealed: bool = False) -> ir.Model:
     """Read an .onnx file's graph. Weights in external files are mapped only when they are asked for.
 
+    Args:
+        path: an .onnx file.
+        sealed: compare the file with the SHA-256 in its own metadata, where there is one.
+
     Raises:
-        QbbError: no such file, not an ONNX model, or external data that is missing, too short or outside the folder.
+        QbbError: no such file, not an ONNX model, not what was written, or external data that is missing, too short or
+            outside the folder.
     """
     if not path.is_file():
-        raise QbbError("no such file", where=path, expected="an .onnx file", got="a folder" if path.is_dir() else None)
+        raise QbbError("no such file", where=path, expected="an .onnx file", got=_kind(path))
+    if path.suffix.lower() == ".ort":  # ONNX Runtime would read it with another parser than ours
+        raise QbbError("wrong suffix", where=path, expected="an .onnx file", got=path.suffix)
     if path.stat().st_size >= _MAX_GRAPH_BYTES:
         raise QbbError("graph is too large", where=path, expected="< 2 GiB", got=f"{path.stat().st_size} bytes")
     try:
-        proto = onnx.load(path, load_external_data=False)
+        content = path.read_bytes()
+        proto = onnx.load_model_from_string(content)
         if not proto.HasField("graph") or not proto.opset_import:
             raise ValueError("no graph in it")
+        if sealed:
+            _check_seal(content, proto, path)
         model = ir.from_proto(proto)
+        for graph in model.graphs():
+            ir.external_data.set_base_dir(graph, path.parent)
+        external = list(external_tensors(model))
+    except QbbError:
+        raise
     except Exception as error:  # every parser has its own exception types
         raise QbbError("not an ONNX model", where=path, got=f"{type(error).__name__}: {error}") from error
-    for graph in model.graphs():
-        ir.external_data.set_base_dir(graph, path.parent)
-    for tensor in external_tensors(model):
+    for tensor in external:
         _check_external(tensor, path)
     return model
 
@@ -91,13 +113,23 @@ def _check_external(tensor: ir.ExternalTensor, path: Path) -> None:
     location = str(tensor.location)
     where = f"{path}, tensor '{tensor.name}'"
     target = path.parent / location
-    bare = bool(location) and "/" not in location and "\\" not in location and location not in (".", "..")
-    if not bare or target.resolve().parent != path.parent.resolve():
+    bare = not set(location) & set("/\\\0") and location not in ("", ".", "..")
+    # realpath and not resolve, which raises where links go in a circle.
+    if not bare or Path(os.path.realpath(target)).parent != path.parent.resolve():
         raise QbbError(
             "external data leaves the model's folder", where=where, expected="a file beside it", got=location
         )
-    if not target.is_file():
-        raise QbbError("external data is missing", where=where, expected=target.name)
+    if not target.is_file():  # opens nothing: a fifo would wait for ever
+        raise QbbError("external data is missing", where=where, expected=f"a file {target.name}", got=_kind(target))
+    # A hard link is the file itself: nothing tells one that an archive planted, to have a foreign file read, from a
+    # harmless one. ONNX's checker refuses both; so do we, before a byte is read.
+    links = target.stat().st_nlink
+    if links > 1:
+        raise QbbError(
+            "external data has several names", where=where, expected=f"a copy of {location}", got=f"{links} hard links"
+        )
+    if tensor.dtype == ir.DataType.UNDEFINED:
+        raise QbbError("external data has no type", where=where)
     offset, length = tensor.offset or 0, tensor.length or 0
     available = target.stat().st_size
     if offset < 0 or length < 0 or offset + max(length, tensor.nbytes) > available:
@@ -107,6 +139,51 @@ def _check_external(tensor: ir.ExternalTensor, path: Path) -> None:
             expected=f"{offset + max(length, tensor.nbytes)} bytes",
             got=f"{available} bytes in {location}",
         )
+
+
+def _kind(path: Path) -> str | None:
+    """What is there in a file's place, in words."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return None
+    return "a folder" if stat.S_ISDIR(mode) else "no regular file"
+
+
+def _check_seal(content: bytes, proto: onnx.ModelProto, path: Path) -> None:
+    digest = next((entry.value for entry in proto.metadata_props if entry.key == SEAL_KEY), None)
+    if digest is None:
+        return
+    entry = _seal_entry(digest)
+    got = hashlib.sha256(content.replace(entry, _seal_entry(_NO_SEAL))).hexdigest()
+    if got != digest:
+        raise QbbError(
+            "file is damaged, or was changed by another program (which should drop the metadata)",
+            where=path,
+            expected=f"{SEAL_KEY} {digest}",
+            got=got,
+        )
+
+
+def is_sealed(model: ir.Model) -> bool:
+    """Whether a graph that was read carries its own SHA-256."""
+    return SEAL_KEY in model.metadata_props
+
+
+def _seal_entry(digest: str) -> bytes:
+    """The metadata entry as it lies in the file."""
+    entry: bytes = onnx.StringStringEntryProto(key=SEAL_KEY, value=digest).SerializeToString()
+    return entry
+
+
+def _sealed(proto: onnx.ModelProto) -> bytes:
+    """The bytes of a graph with its own digest among them."""
+    others = [entry for entry in proto.metadata_props if entry.key != SEAL_KEY]
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(others)
+    proto.metadata_props.add(key=SEAL_KEY, value=_NO_SEAL)
+    content: bytes = proto.SerializeToString(deterministic=True)
+    return content.replace(_seal_entry(_NO_SEAL), _seal_entry(hashlib.sha256(content).hexdigest()))
 
 
 def data_digest(name: str) -> str | None:
@@ -148,9 +225,15 @@ def save(model: ir.Model, path: Path, *, on_tensor: OnTensor | None = None) -> i
         Bytes written, graph and data.
 
     Raises:
-        QbbError: the disk is full or the folder cannot be written; what was there before is left as it was.
+        QbbError: the disk is full or the folder cannot be written; what was there before is left as it was. (If the
+            disk fails after the rename, the new files stand, complete, and the old data beside them: a power cut may
+            yet bring the old graph back.)
     """
     temporary_data = path.with_name(f"{path.name}.data.tmp")
+    new_data, graph = None, b""
+    # What a killed run left: onnx_ir writes in a folder beside the file.
+    for leftover in path.parent.glob(f".{glob.escape(temporary_data.name)}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         ir.external_data.unload_from_model(
             model,
@@ -162,23 +245,36 @@ def save(model: ir.Model, path: Path, *, on_tensor: OnTensor | None = None) -> i
             callback=None if on_tensor is None else lambda _, info: on_tensor(info.index + 1, info.total),
         )
         data = None
-        if temporary_data.exists():
+        if temporary_data.exists() and temporary_data.stat().st_size:
             data = path.with_name(f"{path.stem}.{file_sha256(temporary_data)}.data")
             _point_to(model, data.name)
-        graph = ir.to_proto(model).SerializeToString(deterministic=True)
+        graph = _sealed(ir.to_proto(model))
         if data is not None:
             sync_file(temporary_data)
+            new_data = None if data.exists() else data
             temporary_data.replace(data)
             sync_folder(path.parent)
         write_whole(path, graph)
-    except OSError as error:
-        raise QbbError("cannot write the model", where=path, got=error.strerror or str(error)) from error
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            if new_data is not None and not _holds(path, graph):  # no graph refers to it
+                new_data.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise QbbError(
+                "cannot write the model", where=path, got=error.strerror or f"{error} (disk full?)"
+            ) from error
+        raise
     finally:
-        temporary_data.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary_data.unlink(missing_ok=True)
     for stale in path.parent.glob(f"{path.stem}.*.data"):
         if data_digest(stale.name) and stale != data and stale.name[: -len(".data") - 65] == path.stem:
             stale.unlink()
     return path.stat().st_size + (data.stat().st_size if data is not None else 0)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == data
 
 
 def _point_to(model: ir.Model, location: str) -> None:

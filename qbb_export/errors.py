@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import re
+
+# How PyTorch, ONNX Runtime, protobuf, the C++ library, the dynamic linker and Python's threads say it.
+_NO_MEMORY = re.compile(
+    r"out of memory|not enough memory|bad[ _]alloc|alloc failed"
+    r"|(can't|cannot|failed to|could not) (allocate|map|start new thread)",
+    re.IGNORECASE,
+)
+
 
 class QbbError(Exception):
     """A mistake in what was handed to us, told in one line.
@@ -24,4 +34,17 @@ class QbbError(Exception):
         if got is not None:
             parts.append(f"got {got}")
         # A path or a foreign message may hold line breaks; one mistake stays one line.
-        super().__init__(" ".join("; ".join(parts).split()))
+        line = " ".join("; ".join(parts).split())
+        # Nor may a name in a file from a stranger speak to the terminal.
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+
+
+def is_lack_of_memory(error: BaseException | None) -> bool:
+    """Whether an exception, or what caused it, means that the system or a limit gives no more memory."""
+    while error is not None:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            return True
+        if not isinstance(error, QbbError) and _NO_MEMORY.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

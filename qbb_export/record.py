@@ -41,7 +41,7 @@ from qbb_export.quantize.rows import as_rows, row_blocks, to_host
 
 try:
     import fcntl
-except ImportError:  # Windows: no lock; two runs on one record are the user's to avoid there
+except ImportError:  # pragma: no cover - Windows: no lock; two runs on one record are the user's to avoid there
     fcntl = None  # type: ignore[assignment]
 
 RECORD_FORMAT: Final = 1

@@ -11,6 +11,7 @@ from qbb_export.errors import QbbError
 from qbb_export.format import MODES, mode_number
 from qbb_export.passes.function_body import binary_basis_nodes
 from qbb_export.runtimes import gate
+from qbb_export.runtimes import probe as probing
 
 _PROVIDERS = {
     "cpu": ["CPUExecutionProvider"],
@@ -27,6 +28,7 @@ def session(
     threads: int | None = None,
     options: onnxruntime.SessionOptions | None = None,
     check_data: bool = True,
+    probe: bool = False,
 ) -> onnxruntime.InferenceSession:
     """Check a model file and open it in ONNX Runtime with our operator registered.
 
@@ -37,14 +39,17 @@ def session(
         mode: ``"exact"``, ``"int8"`` or ``"int16"`` for all nodes, whatever mode they name; None leaves it to them.
         threads: of one operator; None: ONNX Runtime's choice.
         options: session options to extend; the library is registered on them.
-        check_data: False skips the digest of the weights, which reads all of them once.
+        check_data: False skips the digests: of the weights, which reads all of them once, and of the graph, which stops
+            a file that was changed by another program.
+        probe: open the file in a child process first, so that a crash there is an error here. For files from strangers;
+            costs a second or two. ``options`` are not handed on to the child.
 
     Returns:
         A ready session.
 
     Raises:
         QbbError: unknown device or mode, the file breaks a rule of the gate, the library is missing or has no kernels
-            for the device, or ONNX Runtime has no such device or refuses the model.
+            for the device, ONNX Runtime has no such device or refuses the model, or the probe crashed or did not end.
     """
     if device not in _PROVIDERS:
         raise QbbError("unknown device", where="device", expected=" or ".join(sorted(_PROVIDERS)), got=device)
@@ -52,6 +57,8 @@ def session(
     if wanted not in onnxruntime.get_available_providers():
         raise QbbError(f"this ONNX Runtime has no {wanted}", where="device", expected="onnxruntime-gpu", got=device)
     path = Path(path)
+    if probe:
+        probing.probe(path, device=device, library=library, mode=mode)
     model = gate.check(path, data=check_data)
     options = options or onnxruntime.SessionOptions()
     if threads is not None:

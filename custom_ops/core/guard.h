@@ -13,10 +13,11 @@
 
 namespace qbb::core {
 
+// One line, whatever the text quotes.
 inline void write_error(char* error, size_t size, const char* text) {
   if (error == nullptr || size == 0) return;
   const size_t length = std::strlen(text) < size ? std::strlen(text) : size - 1;
-  std::memcpy(error, text, length);
+  for (size_t i = 0; i < length; ++i) error[i] = static_cast<unsigned char>(text[i]) < ' ' ? ' ' : text[i];
   error[length] = '\0';
 }
 

@@ -51,13 +51,11 @@ void check_attributes(const qbb_matrix& m) {
 }
 
 // Every array, padded to whole tiles, must be addressable: kernels compute offsets in int64 without further checks.
+// There are never more groups than words.
 void check_size(const Spec& s) {
-  for (const int64_t depth : {s.words, s.groups}) {
-    int64_t size = 0;
-    if (mul_overflows(s.tiles, QBB_TILE_ROWS * QBB_MAX_BASES * 4, &size) || mul_overflows(size, depth, &size)) {
-      throw Error("matrix too large", "less than 2^63 bytes",
-                  "K=" + std::to_string(s.K) + ", N=" + std::to_string(s.N));
-    }
+  int64_t size = 0;
+  if (mul_overflows(s.tiles, QBB_TILE_ROWS * QBB_MAX_BASES * 4, &size) || mul_overflows(size, s.words, &size)) {
+    throw Error("matrix too large", "less than 2^63 bytes", "K=" + std::to_string(s.K) + ", N=" + std::to_string(s.N));
   }
 }
 
@@ -88,7 +86,7 @@ void check_tensor(const std::string& name, const qbb_tensor& tensor, std::initia
 }  // namespace
 
 bool mul_overflows(int64_t a, int64_t b, int64_t* product) {
-  if (b != 0 && a > std::numeric_limits<int64_t>::max() / b) return true;
+  if (a > std::numeric_limits<int64_t>::max() / b) return true;
   *product = a * b;
   return false;
 }

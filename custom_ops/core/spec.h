@@ -19,7 +19,7 @@ Spec validate(const qbb_matrix& matrix);
 
 int64_t element_size(int32_t dtype);
 
-// True where `a * b` does not fit; both are at least 0.
+// True where `a * b` does not fit; a is at least 0, b at least 1.
 bool mul_overflows(int64_t a, int64_t b, int64_t* product);
 
 }  // namespace qbb::core

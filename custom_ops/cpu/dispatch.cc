@@ -6,6 +6,9 @@
 
 #include "core/error.h"
 
+#if QBB_X86_KERNELS
+#include <cpuid.h>
+#endif
 #if QBB_ARM_KERNELS && defined(__linux__)
 #include <sys/auxv.h>
 #endif
@@ -20,6 +23,13 @@ namespace qbb::cpu {
 #undef QBB_KERNEL
 
 namespace {
+
+#if QBB_X86_KERNELS
+bool has_f16c() {  // Clang's __builtin_cpu_supports did not know it for long
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
 
 const Kernel kKernels[] = {
 #define QBB_KERNEL(name, available, floats, bytes) \

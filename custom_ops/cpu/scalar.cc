@@ -35,7 +35,9 @@ struct Scalar {
     return out;
   }
   static Lanes load_half(const uint16_t* from) {
-    return map([&](int i) { return half_to_float(from[i]); });
+    uint16_t halves[kLanes];
+    memcpy(halves, from, sizeof halves);  // X may lie at any address
+    return map([&](int i) { return half_to_float(halves[i]); });
   }
   static Words load_words(const uint32_t* from) {
     Words out;

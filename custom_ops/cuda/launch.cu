@@ -84,13 +84,13 @@ Kernel prompt_kernel(int bases) {
 struct Cluster {
   Kernel kernel;
   int threads;
-  int64_t (*bytes)(int block);               // of shared memory
+  int64_t (*bytes)(int block);          // of shared memory
   int (*block)(int words, int blocks);  // chunks of a block of a cluster
 };
 
 template <class How, int kBases>
 Cluster cluster_variant() {
-#if QBB_CUDA_90A
+#if QBB_CUDA_90A && QBB_CUDA_CLUSTERS
   using Plan = UsualPlan<How::kTokens, kBases>;
   return Cluster{cluster<How, kBases, Plan>, Plan::kThreads, ClusterMemory<How, kBases, Plan>::bytes, cluster_block<Plan>};
 #else
@@ -196,8 +196,8 @@ Rule rule_for(const Weights& w, Type type, int64_t M, bool integer, const Device
   const auto find = [&](const auto& rules) {
     for (const Rule& rule : rules) {
       if (rule.path == Path::kPrompt && type != kFloat16) continue;
-      if (rule.path == Path::kCluster && cluster_shape(w, type, M, device).rows == 0) continue;
       const bool fits = rule.arch <= device.arch && device.arch <= rule.last_arch;
+      if (fits && rule.path == Path::kCluster && cluster_shape(w, type, M, device).rows == 0) continue;
       if (fits && (integer || !rule.only_int8) && M <= rule.rows) return rule;
     }
     return kAnything;
@@ -232,6 +232,7 @@ cudaError_t reserve(const Weights& w, const Device& device) {
   if (device.arch != kWarpgroupArch) return cudaSuccess;
   for (const Type type : {kFloat16, kBFloat16, kFloat32}) {
     for (const int rows : kClusterRows) {
+      if (device.arch != kClusterArch) break;
       const cudaError_t status = allow(cluster_variant(w.bases, type, rows).kernel, most);
       if (status != cudaSuccess) return status;
     }
@@ -241,7 +242,7 @@ cudaError_t reserve(const Weights& w, const Device& device) {
 }
 
 cudaError_t count_clusters(Device& device) {
-  if (device.arch != kWarpgroupArch) return cudaSuccess;
+  if (device.arch != kClusterArch) return cudaSuccess;
   const Cluster variant = cluster_variant(1, kFloat16, kClusterRows[0]);
   const auto memory = static_cast<size_t>(device.shared_memory);
   cudaError_t status = allow(variant.kernel, memory);

@@ -61,5 +61,7 @@ def progress_bars() -> Iterator[Progress]:
         TimeRemainingColumn(),
         _Note(),
     )
-    with Progress(*columns, console=_messages, disable=not SPEAKS) as progress:
+    # No thread for nothing: where nobody watches, bars are printed once, at the end.
+    watched = _messages.is_terminal
+    with Progress(*columns, console=_messages, auto_refresh=watched, disable=not SPEAKS) as progress:
         yield progress

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,6 +108,11 @@ def test_unknown_isa(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
         abi.Kernel(small())
 
 
+def test_a_message_is_one_line_whatever_it_quotes() -> None:
+    with pytest.raises(abi.Failed, match=r"got two  lines$"):
+        abi.Kernel(small(), "two\r\nlines")
+
+
 def test_isa_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for isa in abi.isas():
         monkeypatch.setenv("QBB_ISA", isa)
@@ -182,3 +188,39 @@ def test_cpp_and_python_agree_on_what_is_legal() -> None:
         assert bool(re.match(r"wrong shape of B", str(info.value))) == legal, str(info.value)
         seen.add(legal)
     assert seen == {True, False}
+
+
+def at_odd_address(array: np.ndarray) -> np.ndarray:
+    """The same values one byte off."""
+    memory = np.zeros(array.nbytes + 1, np.uint8)
+    memory[1:] = np.frombuffer(array.tobytes(), np.uint8)
+    return memory[1:].view(array.dtype).reshape(array.shape)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("layout", fmt.LAYOUTS)
+def test_weights_and_inputs_at_any_address(layout: int, dtype: type) -> None:
+    layer = make_layer(np.random.default_rng(1), 100, 20, 2, 32, layout=layout, dtype=dtype, powers_of_two=True)
+    moved = replace(
+        layer, **{name: at_odd_address(getattr(layer, name)) for name in ("planes", "scales", "offset", "bias")}
+    )
+    for x_dtype in (np.float32, np.float16):
+        x = np.random.default_rng(2).integers(-8, 9, (3, 100)).astype(x_dtype)
+        for isa in abi.isas():
+            got = abi.Kernel(moved, isa)(at_odd_address(x))
+            np.testing.assert_array_equal(got, layer.exact(x).astype(x_dtype), strict=True)
+
+
+@pytest.mark.parametrize("layout", fmt.LAYOUTS)
+@pytest.mark.parametrize("offset,bias", [(0.0, 0.0), (0.5, 0.0), (0.0, -1.5)])
+def test_one_offset_and_one_bias_for_all(layout: int, offset: float, bias: float) -> None:
+    layer = make_layer(np.random.default_rng(1), 100, 20, 2, 32, layout=layout, powers_of_two=True)
+    layer = replace(layer, offset=np.full((1, 1), offset, np.float32), bias=np.full(1, bias, np.float32))
+    x = np.random.default_rng(2).integers(-8, 9, (3, 100)).astype(np.float32)
+    np.testing.assert_array_equal(abi.Kernel(layer)(x), layer.exact(x).astype(np.float32), strict=True)
+
+
+def test_two_megabytes_are_repacked_on_huge_pages() -> None:
+    layer = make_layer(np.random.default_rng(1), 4096, 2100, 2, 4096, layout=fmt.LAYOUT_ROWS, powers_of_two=True)
+    x = np.random.default_rng(2).integers(-1, 2, (1, 4096)).astype(np.float32)
+    np.testing.assert_array_equal(abi.Kernel(layer)(x), layer.exact(x).astype(np.float32), strict=True)

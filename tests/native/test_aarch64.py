@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from qbb_export.custom_ops import library_path
-from tests.native.test_native import CXX, OPS, ROOT, check_isa_file, run
+from tests.native.build import CXX, OPS, ROOT, run
+from tests.native.test_native import check_isa_file
 
 PACKAGES = {"aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "qemu-aarch64-static": "qemu-user-static"}
 SYSROOT = "/usr/aarch64-linux-gnu"

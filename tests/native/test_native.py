@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -15,19 +14,9 @@ import pytest
 
 from qbb_export.custom_ops import library_info, library_path
 from tests.kernels.layers import make_layer, make_node_model
-
-ROOT = Path(__file__).resolve().parents[2]
-OPS = ROOT / "custom_ops"
-CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+from tests.native.build import CXX, ENVIRONMENT, OPS, ROOT, build_driver, build_sanitized, run
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler: set CXX")
-
-
-def run(*command: object, **options: object) -> str:
-    """The output of a command that must succeed."""
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=900, **options)
-    assert done.returncode == 0, f"{command[0]} gave {done.returncode}:\n{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 def libonnxruntime() -> Path:
@@ -90,41 +79,24 @@ def test_example_tells_what_is_wrong(example: Path, tmp_path: Path) -> None:
     assert "node qbb::BinaryBasisMatMul 'linear': unknown format version" in done.stderr
 
 
-def build_driver(folder: Path, sanitizers: str) -> Path:
-    """The library with warnings as errors, and the driver linked to it, both under the sanitizers."""
-    cmake = shutil.which("cmake")
-    if cmake is None:
-        pytest.skip("no cmake")
-    build = folder / "build"
-    # -O1 builds faster and keeps more of the accesses that sanitizers look at.
-    options = [f"-DQBB_SANITIZE={sanitizers}", "-DQBB_WERROR=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
-    run(cmake, "-S", OPS, "-B", build, f"-DCMAKE_CXX_COMPILER={CXX}", *options)
-    run(cmake, "--build", build, "--parallel", "2")
-    driver = folder / "abi_driver"
-    flags = ["-std=c++17", "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-    source = ROOT / "tests/native/abi_driver.cc"
-    run(
-        CXX,
-        *flags,
-        "-I",
-        OPS / "include",
-        source,
-        "-o",
-        driver,
-        "-L",
-        build,
-        "-lqbb_ops",
-        f"-Wl,-rpath,{build}",
-        "-pthread",
-    )
-    return driver
+def test_under_asan_and_ubsan(tmp_path: Path) -> None:
+    """Random matrices, then the kept inputs of the fuzzer and some changes of them."""
+    sanitizers = "address,undefined"
+    library = build_sanitized(tmp_path, sanitizers, "-DQBB_FUZZ=ON")
+    driver = build_driver("abi_driver", library, sanitizers)
+    assert run(driver, 1, 150, env=ENVIRONMENT) == "150 matrices\n"
+    if "clang" in str(CXX):
+        run(tmp_path / "abi_fuzz", "-runs=0", OPS / "fuzz/corpus", env=ENVIRONMENT)
+    else:
+        printed = run(tmp_path / "abi_fuzz", OPS / "fuzz/corpus", 1, 3000, env=ENVIRONMENT)
+        assert re.fullmatch(r"\d+ inputs and 3000 changed ones\n", printed)
 
 
-@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-def test_under_sanitizers(sanitizers: str, tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k not in ("QBB_ISA", "LD_PRELOAD")}
-    driver = build_driver(tmp_path, sanitizers)
-    assert run(driver, 1, 150, env=environment) == "150 matrices\n"
+def test_under_tsan(tmp_path: Path) -> None:
+    library = build_sanitized(tmp_path, "thread")
+    assert run(build_driver("abi_driver", library, "thread"), 1, 150, env=ENVIRONMENT) == "150 matrices\n"
+    printed = run(build_driver("threads_driver", library, "thread"), 10, env=ENVIRONMENT)
+    assert printed == "8 threads, 10 runs each: 0 wrong\n"
 
 
 def test_only_our_names_are_exported() -> None:

@@ -4,6 +4,8 @@ Each must pass ONNX's checker, give the outputs that the same graph gives with t
 inputs and outputs, be unchanged by a second run, and open in graphsurgeon again.
 """
 
+from collections import Counter
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -128,6 +130,56 @@ class Builder:
         return gs.export_onnx(self.graph.cleanup().toposort())
 
 
+def nest(proto: onnx.ModelProto, rng: np.random.Generator) -> str:
+    """Put one product into a branch, a loop or a function: which, or nothing."""
+    products = [node for node in proto.graph.node if node.op_type in ("MatMul", "Gemm")]
+    kind = str(rng.choice(["", "", "If", "Loop", "function"]))
+    if not products or not kind:
+        return ""
+    node = onnx.NodeProto()
+    chosen = products[rng.integers(len(products))]
+    node.CopyFrom(chosen)
+    (name,) = node.output
+    rank = {v.name: len(v.type.tensor_type.shape.dim) for v in [*proto.graph.value_info, *proto.graph.output]}[name]
+    inner = onnx.NodeProto()
+    inner.CopyFrom(node)
+    inner.output[0] = f"{name}_inner"
+    typed = onnx.helper.make_tensor_value_info(f"{name}_inner", onnx.TensorProto.FLOAT, [None] * rank)
+    if kind == "If":
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(True), "condition"))
+        other = onnx.NodeProto()
+        other.CopyFrom(inner)
+        other.name, other.output[0] = f"{inner.name}_else", f"{name}_else"
+        otherwise = onnx.helper.make_tensor_value_info(f"{name}_else", onnx.TensorProto.FLOAT, [None] * rank)
+        bodies = {
+            "then_branch": onnx.helper.make_graph([inner], "then", [], [typed]),
+            "else_branch": onnx.helper.make_graph([other], "else", [], [otherwise]),
+        }
+        chosen.CopyFrom(onnx.helper.make_node("If", ["condition"], [name], name="if", **bodies))
+    elif kind == "Loop":
+        for constant, value in (("times", np.asarray(2)), ("go_on", np.asarray(True))):
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(value, constant))
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros([1] * rank, "f4"), "before"))
+        scalar = [("i", onnx.TensorProto.INT64), ("go", onnx.TensorProto.BOOL), ("on", onnx.TensorProto.BOOL)]
+        i, go, on = (onnx.helper.make_tensor_value_info(n, t, []) for n, t in scalar)
+        before = onnx.helper.make_tensor_value_info("last", onnx.TensorProto.FLOAT, [None] * rank)
+        steps = [onnx.helper.make_node("Identity", ["go"], ["on"], name="on"), inner]
+        body = onnx.helper.make_graph(steps, "body", [i, go, before], [on, typed])
+        chosen.CopyFrom(onnx.helper.make_node("Loop", ["times", "go_on", "before"], [name], name="loop", body=body))
+    else:
+        opset = onnx.helper.make_opsetid("", proto.opset_import[0].version)
+        body = onnx.helper.make_function("local", "product", list(node.input), [name], [node], [opset])
+        proto.functions.append(body)
+        proto.opset_import.append(onnx.helper.make_opsetid("local", 1))
+        chosen.CopyFrom(onnx.helper.make_node("product", list(node.input), [name], name="call", domain="local"))
+    return kind
+
+
+def count_ours(graph: gs.Graph) -> int:
+    inner = [value for node in graph.nodes for value in node.attrs.values() if isinstance(value, gs.Graph)]
+    return sum(node.op == "BinaryBasisMatMul" for node in graph.nodes) + sum(map(count_ours, inner))
+
+
 def interface(model: ir.Model) -> list[str]:
     return [v.name for v in (*model.graph.inputs, *model.graph.outputs)]
 
@@ -138,10 +190,11 @@ def serialized(model: ir.Model) -> bytes:
 
 @pytest.mark.parametrize("first", range(0, GRAPHS, PER_TEST))
 def test_generated_graphs(first: int) -> None:
-    fused = 0
+    fused, nested = 0, Counter[str]()
     for seed in range(first, first + PER_TEST):
         builder = Builder(seed)
         proto = builder.build()
+        nested[nest(proto, builder.rng)] += 1
         onnx.checker.check_model(proto, full_check=True)
         source = ir.from_proto(proto)
         names = interface(source)
@@ -168,5 +221,6 @@ def test_generated_graphs(first: int) -> None:
         AttachFunctionBody()(ours)
         assert serialized(ours) == before, seed
         again = gs.import_onnx(ir.to_proto(ours))
-        assert sum(node.op == "BinaryBasisMatMul" for node in again.nodes) == len(binary_basis_nodes(ours))
+        assert count_ours(again) == len(binary_basis_nodes(ours))
+    assert len(nested) == 4, nested  # a branch, a loop, a function, nothing
     assert fused > 0  # of every chunk some graphs have layers that share their input

@@ -91,3 +91,24 @@ def test_group_size_of_a_layer():
 def test_errors_are_one_line():
     error = QbbError("cannot\nread", where="a\nb", expected="x", got=ValueError("many\n\n  lines"))
     assert str(error) == "a b: cannot read; expected x; got many lines"
+
+
+def test_errors_do_not_speak_to_the_terminal():
+    assert str(QbbError("no such node", got="\x1b[2J\0\ud800é")) == r"no such node; got \x1b[2J\x00\ud800é"
+
+
+def test_modes_have_numbers():
+    assert [fmt.mode_number(mode) for mode in fmt.MODES] == [0, 1, 2]
+    with pytest.raises(QbbError, match="--mode: unknown mode; expected exact or int8 or int16; got int4"):
+        fmt.mode_number("int4")
+
+
+@pytest.mark.parametrize("layout", fmt.LAYOUTS)
+@pytest.mark.parametrize(("wrong", "what"), [(0, "planes"), (1, "scales"), (2, "offset")])
+def test_arrays_that_do_not_fit_the_attributes(layout, wrong, what):
+    spec = fmt.Spec(70, 5, 2, 32, layout)
+    arrays = [np.zeros((2, 5, 3), np.uint32), np.zeros((2, 5, 3), np.float16), np.zeros((5, 3), np.float32)]
+    fmt.to_layout(*arrays, spec)
+    arrays[wrong] = arrays[wrong][..., :2]
+    with pytest.raises(QbbError, match=f"wrong shape of {what}; expected"):
+        fmt.to_layout(*arrays, spec)

@@ -39,7 +39,7 @@ typedef enum qbb_status {
 /* Element types, numbered as in ONNX. */
 typedef enum qbb_dtype { QBB_FLOAT32 = 1, QBB_FLOAT16 = 10, QBB_UINT32 = 12, QBB_BFLOAT16 = 16 } qbb_dtype;
 
-/* A dense, C-ordered tensor in the caller's memory. */
+/* A dense, C-ordered tensor in the caller's memory, at any address. */
 typedef struct qbb_tensor {
   const void* data;
   const int64_t* dims;
@@ -79,7 +79,7 @@ QBB_EXPORT qbb_status qbb_matrix_validate(const qbb_matrix* matrix, char* error,
 QBB_EXPORT qbb_status qbb_kernel_create(const qbb_matrix* matrix, int32_t mode, const char* isa, qbb_kernel** kernel,
                                         char* error, size_t error_size);
 
-/* y [M, N] = op(x [M, K]); both have type x_dtype (float32 or float16) and are dense. M may be 0.
+/* y [M, N] = op(x [M, K]); both have type x_dtype (float32 or float16), are dense and lie at any address. M may be 0.
  *
  * A task uses up to 150 KB of its thread's stack. Exact mode allocates nothing; integer modes take 4 (int8) or 8 (int16)
  * bytes for each element of up to 32 rows of X at a time, or 1 for each of up to 512 rows, and give them back.
