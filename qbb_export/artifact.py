@@ -182,7 +182,8 @@ def _graph_bytes(proto: onnx.ModelProto, *, seal: bool) -> bytes:
     del proto.metadata_props[:]
     proto.metadata_props.extend(others)
     if not seal:
-        return proto.SerializeToString(deterministic=True)
+        unsealed: bytes = proto.SerializeToString(deterministic=True)
+        return unsealed
     proto.metadata_props.add(key=SEAL_KEY, value=_NO_SEAL)
     content: bytes = proto.SerializeToString(deterministic=True)
     return content.replace(_seal_entry(_NO_SEAL), _seal_entry(hashlib.sha256(content).hexdigest()))
