@@ -176,11 +176,14 @@ def _seal_entry(digest: str) -> bytes:
     return entry
 
 
-def _sealed(proto: onnx.ModelProto) -> bytes:
-    """The bytes of a graph with its own digest among them."""
+def _graph_bytes(proto: onnx.ModelProto, *, seal: bool) -> bytes:
+    """The bytes of a graph, with its own digest among them if ``seal``; another graph's digest goes."""
     others = [entry for entry in proto.metadata_props if entry.key != SEAL_KEY]
     del proto.metadata_props[:]
     proto.metadata_props.extend(others)
+    if not seal:
+        unsealed: bytes = proto.SerializeToString(deterministic=True)
+        return unsealed
     proto.metadata_props.add(key=SEAL_KEY, value=_NO_SEAL)
     content: bytes = proto.SerializeToString(deterministic=True)
     return content.replace(_seal_entry(_NO_SEAL), _seal_entry(hashlib.sha256(content).hexdigest()))
@@ -211,7 +214,7 @@ def check_writable(path: Path, *, force: bool) -> None:
         raise QbbError("output exists already (--force replaces it)", where=path)
 
 
-def save(model: ir.Model, path: Path, *, on_tensor: OnTensor | None = None) -> int:
+def save(model: ir.Model, path: Path, *, on_tensor: OnTensor | None = None, seal: bool = True) -> int:
     """Write ``model`` to ``path`` and its large initializers beside it.
 
     Tensors are read and written one at a time. The model's initializers refer to the written file afterwards.
@@ -220,6 +223,8 @@ def save(model: ir.Model, path: Path, *, on_tensor: OnTensor | None = None) -> i
         model: the finished graph.
         path: ends in ``.onnx``; an existing file is replaced.
         on_tensor: called with (tensors written, tensors in all).
+        seal: put the graph's own digest into it: then no other program can change it unnoticed, not even one that
+            should.
 
     Returns:
         Bytes written, graph and data.
@@ -248,7 +253,7 @@ def save(model: ir.Model, path: Path, *, on_tensor: OnTensor | None = None) -> i
         if temporary_data.exists() and temporary_data.stat().st_size:
             data = path.with_name(f"{path.stem}.{file_sha256(temporary_data)}.data")
             _point_to(model, data.name)
-        graph = _sealed(ir.to_proto(model))
+        graph = _graph_bytes(ir.to_proto(model), seal=seal)
         if data is not None:
             sync_file(temporary_data)
             new_data = None if data.exists() else data

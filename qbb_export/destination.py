@@ -102,7 +102,8 @@ class FileDestination(Destination):
 
     def write(self, model: ir.Model, loaded: TorchModel | None, on_tensor: artifact.OnTensor) -> int:
         """See :class:`Destination`."""
-        size = artifact.save(model, self.file, on_tensor=on_tensor)
+        # A float model is there to be compared with, and other quantisers may work on it.
+        size = artifact.save(model, self.file, on_tensor=on_tensor, seal=bool(binary_basis_nodes(model)))
         if loaded is not None and loaded.tokenizer is not None:  # so that `qbb eval` needs nothing else
             path = self.file.with_suffix(".tokenizer.json")
             try:
@@ -149,7 +150,7 @@ class FolderDestination(Destination):
         FoldWeights()(model)
         common.RemoveUnusedNodesPass()(model)
         folders.make_scratch(self._scratch)
-        size = artifact.save(model, self.file, on_tensor=on_tensor)
+        size = artifact.save(model, self.file, on_tensor=on_tensor, seal=bool(binary_basis_nodes(model)))
         portable = self._options.portable or not binary_basis_nodes(model)
         write_companions(self._scratch, self._decoder.config, self._decoder.files, portable=portable)
         return size

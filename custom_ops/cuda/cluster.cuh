@@ -140,8 +140,8 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks) cluster(const W
           const bool there = chunk + u < end;  // elsewhere there may be anything
 #pragma unroll
           for (int b = 0; b < kBases; ++b) {
-            const auto* scales = reinterpret_cast<const __half*>(here + Memory::kScales) + b * kClusterTiles * Plan::kPiece * QBB_TILE_ROWS;
-            s[b] = there ? __half2float(scales[place]) : 0.0f;
+            const char* scales = here + Memory::kScales + b * kClusterTiles * Memory::kTileScales;
+            s[b] = there ? __half2float(reinterpret_cast<const __half*>(scales)[place]) : 0.0f;
           }
           if (w.offset != nullptr && there) z = reinterpret_cast<const float*>(here + Memory::kOffsets)[place];
           tables[i * QBB_TILE_ROWS + lane] = How::template table<kBases>(s, z, inverse);

@@ -1,4 +1,7 @@
-"""kill -9 in the middle of an export, then the same command again: the bytes of an uninterrupted run."""
+"""kill -9 in the middle of an export, then the same command again: the bytes of an uninterrupted run.
+
+As often as promised: tests/faults/test_kill.py.
+"""
 
 import signal
 import subprocess
@@ -6,25 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import onnx
-import onnx.parser
+from tests.faults.forked import files
+from tests.faults.models import chain
 
 LAYERS, SIZE = 6, 512
-
-
-def write_model(path: Path) -> Path:
-    body = " ".join(f"x{i + 1} = MatMul (x{i}, layers_{i}_weight)" for i in range(LAYERS))
-    text = (
-        f'<ir_version: 8, opset_import: ["": 17]> g (float[m, {SIZE}] x0) => (float[m, {SIZE}] x{LAYERS}) {{ {body} }}'
-    )
-    proto = onnx.parser.parse_model(text)
-    rng = np.random.default_rng(0)
-    for i in range(LAYERS):
-        weights = rng.standard_normal((SIZE, SIZE), dtype=np.float32)
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(weights, f"layers_{i}_weight"))
-    onnx.save(proto, path)
-    return path
 
 
 def start(source: Path, output: Path) -> subprocess.Popen[bytes]:
@@ -38,12 +26,8 @@ def finish(process: subprocess.Popen[bytes]) -> None:
     assert process.returncode == 0, errors.decode()
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 def test_killed_exports_resume_to_the_same_bytes(tmp_path: Path) -> None:
-    source = write_model(tmp_path / "in.onnx")
+    source = chain(tmp_path / "in.onnx", LAYERS, SIZE)
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     finish(start(source, tmp_path / "whole" / "m.onnx"))

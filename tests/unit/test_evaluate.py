@@ -285,16 +285,16 @@ def test_bad_input_is_one_line(
 
 
 def test_size_of_our_files(tmp_path: Path) -> None:
-    text = "g (float[b, 200] x) => (float[b, 40] y) { h = MatMul (x, w) r = Relu (h) y = MatMul (r, v) }"
-    weights = {"w": (200, 33), "v": (33, 40)}
+    text = "g (float[b, 2000] x) => (float[b, 40] y) { h = MatMul (x, w) r = Relu (h) y = MatMul (r, v) }"
+    weights = {"w": (2000, 33), "v": (33, 40)}  # the first is large enough for a data file
     arrays = {name: RNG.standard_normal(shape).astype(np.float32) for name, shape in weights.items()}
     source = save_model(tmp_path / "in.onnx", text, **arrays)
     out = tmp_path / "out.onnx"
     settings = ("--include", "*", "--bases", "3", "--group-size", "64", "--no-verify")
     assert cli.export_main([str(source), "-o", str(out), *settings]) == 0
-    specs = Spec(200, 33, 3, 64), Spec(33, 40, 3, 33)  # a group of 64 is longer than the row of 33
+    specs = Spec(2000, 33, 3, 64), Spec(33, 40, 3, 33)  # a group of 64 is longer than the row of 33
     bits = sum(bits_of(spec, offset=True) * spec.K * spec.N for spec in specs)
-    assert bits_per_weight(out) == pytest.approx(bits / (200 * 33 + 33 * 40), rel=1e-15)
+    assert bits_per_weight(out) == pytest.approx(bits / (2000 * 33 + 33 * 40), rel=1e-15)
     (data,) = tmp_path.glob("out.*.data")
     assert file_bytes(out) == out.stat().st_size + data.stat().st_size
     assert bits_per_weight(source) is None
