@@ -107,6 +107,35 @@ def test_a_failed_write_keeps_the_old_model(tmp_path):
     assert files(tmp_path) == before
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_data_of_a_graph_that_was_not_written_goes(tmp_path, monkeypatch, error):
+    artifact.save(tiny(), tmp_path / "m.onnx")
+    before = files(tmp_path)
+
+    def fail(path, data):
+        raise error
+
+    monkeypatch.setattr(artifact, "write_whole", fail)
+    with pytest.raises((QbbError, KeyboardInterrupt)) as caught:
+        artifact.save(tiny(2.0), tmp_path / "m.onnx")
+    assert isinstance(caught.value, QbbError) == isinstance(error, OSError)
+    assert files(tmp_path) == before
+
+
+def test_what_a_killed_save_left_is_swept(tmp_path):
+    leftover = tmp_path / ".m.onnx.data.tmp.abc"
+    leftover.mkdir()
+    (leftover / "half").touch()
+    artifact.save(tiny(), tmp_path / "m.onnx")
+    assert not leftover.exists()
+
+
+def test_a_graph_without_its_digest_on_demand(tmp_path):
+    artifact.save(tiny(), tmp_path / "m.onnx")
+    artifact.save(artifact.read_graph(tmp_path / "m.onnx"), tmp_path / "n.onnx", seal=False)
+    assert not artifact.is_sealed(gate.check(tmp_path / "n.onnx"))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
