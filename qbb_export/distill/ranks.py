@@ -8,11 +8,12 @@ launcher then ends the others.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -72,10 +73,11 @@ class Ranks:
         return self.rank == 0
 
     def leave(self) -> None:
-        """Leave the process group; nothing can be passed on any more."""
+        """Leave the process group, all together; nothing can be passed on any more."""
         if self.size > 1:
             import torch.distributed as dist
 
+            self.wait()
             dist.destroy_process_group()
 
     def wait(self) -> None:
@@ -177,6 +179,17 @@ def _own_blocks(model: nn.Module) -> list[nn.Module]:
         for parameter in part.parameters(recurse=part in blocks):
             users[parameter] = users.get(parameter, 0) + 1
     return [block for block in blocks if all(users[parameter] == 1 for parameter in block.parameters())]
+
+
+def end_process(code: int) -> NoReturn:
+    """End one of several processes without taking the interpreter apart.
+
+    Gloo's threads may then still hold tensors of the last meeting, and abort the process when they let go of them
+    (https://github.com/pytorch/pytorch/pull/179291): a finished run would be told as a failed one.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from qbb_export.distill.ranks import Ranks, whole
+from qbb_export.distill.ranks import Ranks, end_process, whole
 from qbb_export.distill.run import RecordJournal
 from qbb_export.distill.settings import DistillSettings
 from qbb_export.distill.student import Student, Target
@@ -142,3 +142,4 @@ if __name__ == "__main__":
     if processes.first:
         Path(sys.argv[2]).write_text(json.dumps(result))
     processes.leave()
+    end_process(0)
