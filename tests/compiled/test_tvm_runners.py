@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,7 +19,9 @@ import pytest
 tvm = pytest.importorskip("tvm", reason="TVM was NOT tested: pip install 'qbb-export[tvm]'")
 import tvm_ffi  # noqa: E402
 
+from qbb_export.cli import export_main  # noqa: E402
 from qbb_export.passes.function_body import AttachFunctionBody  # noqa: E402
+from qbb_export.runtimes.ort import session  # noqa: E402
 from qbb_export.runtimes.tvm.build import compile_model  # noqa: E402
 from qbb_export.runtimes.tvm.versions import PINNED  # noqa: E402
 from tests.kernels.layers import Layer, make_layer, make_node_model  # noqa: E402
@@ -105,26 +109,69 @@ def test_cpp(model: Path, layer: Layer, tmp_path: Path) -> None:
     assert refused.returncode == 1 and refused.stderr.startswith("error: ")
 
 
-@pytest.mark.slow  # downloads 98 MB
-def test_cpp_on_arm(model: Path, layer: Layer, tmp_path: Path) -> None:
-    """All of TVM's virtual machine, with the libraries of the wheels for Arm."""
+@pytest.fixture(scope="module")
+def runner_on_arm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C++ program with the libraries of the wheels for Arm, which lie in ``lib`` beside it."""
     need("aarch64-linux-gnu-g++", "qemu-aarch64-static")
+    folder = tmp_path_factory.mktemp("arm")
     wanted = [f"{name}=={version}" for name, version in PINNED.items()]
-    pip = (sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", tmp_path / "wheels")
+    pip = (sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", folder / "wheels")
     platform = ("--platform", "manylinux_2_28_aarch64")
     done = subprocess.run([*pip, *platform, *wanted], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"compiled models were NOT run on Arm: no wheels: {done.stderr.strip().splitlines()[-1]}")
-    for wheel in (tmp_path / "wheels").glob("*.whl"):
+    for wheel in (folder / "wheels").glob("*.whl"):
         with zipfile.ZipFile(wheel) as file:
             for name in set(file.namelist()) & set(LIBRARIES):
-                file.extract(name, tmp_path)
-    program = build_runner("aarch64-linux-gnu-g++", [tmp_path / library for library in LIBRARIES], tmp_path)
-    for target, cpu in (("cortex-a76", "cortex-a76"), ("cortex-a53", "cortex-a53")):
-        compile_model(model, target, tmp_path / target)
-        qemu = ("qemu-aarch64-static", "-cpu", cpu, "-L", "/usr/aarch64-linux-gnu")
-        printed = run(*qemu, "-E", f"LD_LIBRARY_PATH={tmp_path / 'lib'}", program, tmp_path / target, 2).stdout.decode()
-        check_printed(printed, layer, 2)
+                file.extract(name, folder)
+    return build_runner("aarch64-linux-gnu-g++", [folder / library for library in LIBRARIES], folder)
+
+
+def run_on_arm(program: Path, cpu: str, *arguments: object) -> str:
+    qemu = ("qemu-aarch64-static", "-cpu", cpu, "-L", "/usr/aarch64-linux-gnu")
+    found = ("-E", f"LD_LIBRARY_PATH={program.parent / 'lib'}")
+    return run(*qemu, *found, program, *arguments).stdout.decode()
+
+
+@pytest.mark.slow  # downloads 98 MB
+@pytest.mark.parametrize("cpu", ["cortex-a76", "cortex-a53"])
+def test_cpp_on_arm(cpu: str, runner_on_arm: Path, model: Path, layer: Layer, tmp_path: Path) -> None:
+    """All of TVM's virtual machine."""
+    compile_model(model, cpu, tmp_path / "out")
+    check_printed(run_on_arm(runner_on_arm, cpu, tmp_path / "out", 2), layer, 2)
+
+
+@pytest.mark.slow  # likewise, and compiles a whole model
+@pytest.mark.parametrize("mode", ["exact", "int8"])
+def test_a_sentence_encoder_on_arm(mode: str, runner_on_arm: Path, minilm_dir: Path, tmp_path: Path) -> None:
+    """All outputs, within 1e-4 of the largest in exact mode; int8 may be twice as far off as our own kernels."""
+    path, tokens = tmp_path / "minilm.onnx", 8
+    options = ["--recipe", "greedy", "--bases", "3", "--group-size", "64", "--no-verify"]
+    assert export_main([str(minilm_dir), "-o", str(path), *options]) == 0
+    compile_model(path, "cortex-a76", tmp_path / "out", mode=mode)
+    ids = np.random.default_rng(0).integers(
+        1000, 30000, (tokens, tokens)
+    )  # the program has one size for all that is open
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    names = [value["name"] for value in manifest["inputs"]]
+    (tmp_path / "x.bin").write_bytes(b"".join(feeds[name].tobytes() for name in names))
+
+    def here(mode: str) -> Any:
+        return np.concatenate(
+            [np.ravel(y) for y in session(path, mode=mode).run(None, {name: feeds[name] for name in names})]
+        )
+
+    files = (tmp_path / "x.bin", tmp_path / "y.bin")
+    run_on_arm(runner_on_arm, "cortex-a76", tmp_path / "out", tokens, *files)
+    found = np.fromfile(files[1], np.float32)
+    expected = here("exact")
+    largest = np.abs(expected).max()
+    off = np.abs(found - expected).max() / largest
+    bound = 1e-4 if mode == "exact" else 2 * np.abs(here(mode) - expected).max() / largest  # docs/tvm.md
+    print(f"{mode}: {off:.1e} of the largest output, allowed {bound:.1e}")
+    assert found.shape == expected.shape
+    assert off <= bound
 
 
 def make_kernel(model: Path, target: str, folder: Path) -> None:
