@@ -27,6 +27,7 @@ def adapt_config(config: Any) -> None:
        numbers that transformers has defaults for
     4. the epsilon of a LayerNorm (Phi): the builder knows that of an RMS norm only, and takes 1e-6 where there is none
     5. mixtures of experts: the builder makes the model of the same kind without, and asks us for the mixtures
+    6. OLMo's norms have 1e-5 in the code, not in the configuration; see also :func:`subtracts_mean`
 
     An export is compared with PyTorch before it is finished, so a difference that is not listed here does not pass.
     """
@@ -47,6 +48,17 @@ def adapt_config(config: Any) -> None:
         config.architectures = [_DENSE[config.architectures[0]]]
         config.num_local_experts = config.num_experts = 0
         config.moe_intermediate_size = config.intermediate_size  # layers without a mixture have this one
+    if getattr(config, "model_type", None) == "olmo":  # rule 6
+        config.rms_norm_eps = 1e-5
+
+
+def subtracts_mean(norm: Any) -> bool:
+    """Whether a norm with a ``weight`` is a LayerNorm, found out by trying it: the builder takes all for RMS norms."""
+    import torch
+
+    x = torch.linspace(-1, 2, norm.weight.shape[-1], dtype=norm.weight.dtype, device=norm.weight.device)
+    with torch.no_grad():
+        return torch.allclose(norm(x), norm(x + 1), rtol=0.05, atol=0.05)
 
 
 def routing_of(block: Any, place: str) -> Routing:

@@ -23,7 +23,7 @@ from typing import Any, Final
 import onnx_ir as ir
 
 from qbb_export.errors import QbbError
-from qbb_export.generation.adapt import adapt_config, routing_of
+from qbb_export.generation.adapt import adapt_config, routing_of, subtracts_mean
 from qbb_export.generation.folder import CONFIG
 from qbb_export.generation.mixture import inline_mixtures, make_mixture
 from qbb_export.generation.rotations import compute_tables, rotation_of
@@ -151,6 +151,7 @@ def _builder_uses(
     """
     base = builder.Model
     make_mlp = base.make_mlp
+    make_layernorm = base.make_layernorm
     make_initializer = base.make_initializer
     find = _finder(module)
 
@@ -159,6 +160,9 @@ def _builder_uses(
         if found is not None:
             slices[name] = found
         make_initializer(self, tensor, name, **options)
+
+    def make_norm(self: Any, layer: int, norm: Any, skip: bool, simple: bool, location: str) -> None:
+        make_layernorm(self, layer, norm, skip, simple and not subtracts_mean(norm), location)
 
     def make_mlp_or_mixture(self: Any, layer: int, mlp: Any, root_input: str) -> None:
         if not hasattr(mlp, "experts"):
@@ -189,6 +193,7 @@ def _builder_uses(
                 if name in vars(owner):
                     stack.enter_context(_replaced(owner, name, replacement))
         stack.enter_context(_replaced(base, "make_initializer", noted))
+        stack.enter_context(_replaced(base, "make_layernorm", make_norm))
         stack.enter_context(_replaced(base, "make_mlp", make_mlp_or_mixture))
         yield
 

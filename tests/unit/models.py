@@ -111,6 +111,7 @@ def tiny_decoder(family: str, folder: Path, **changes: object) -> tuple[Path, in
         "qwen3": ("Qwen3", {"tie_word_embeddings": True}, 14),
         "phi": ("Phi", {"num_key_value_heads": 4, "head_dim": 32, "hidden_size": 128}, 12),
         "phi3": ("Phi3", {"original_max_position_embeddings": 128}, 8),
+        "olmo": ("Olmo", {}, 14),
         "gemma": ("Gemma", {}, 14),
         "gemma2": ("Gemma2", {"query_pre_attn_scalar": 16, "sliding_window": 8}, 14),
         "gemma3": (
