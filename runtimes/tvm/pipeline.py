@@ -37,6 +37,8 @@ def _cpu(target: Any) -> list[Any]:
     return [
         *generic.library_dispatch_passes(target),
         relax.transform.LegalizeOps(cpu.legalizations(cpu.isa_of(target))),
+        relax.transform.DeadCodeElimination(),
+        relax.transform.LegalizeOps(),  # transposes that are still wanted
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FoldConstant(),
         relax.transform.FuseOps(),
