@@ -85,7 +85,9 @@ def test_the_kernel_suite_under_asan_and_ubsan(checked_library: Path) -> None:
         "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",  # Python and ONNX Runtime are not built for these
         "PYTHONMALLOC": "malloc",
     }
+    # ASan keeps what was freed for a while, so memory does grow.
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/kernels"]
+    command += ["-k", "not leave_no_memory_behind"]
     printed = run(*command, env=environment, cwd=ROOT, limit=2 * HOUR)
     print(printed[-300:])
     assert "failed" not in printed and "passed" in printed
