@@ -184,7 +184,7 @@ def test_exports_of_a_language_model(shim: Path, tmp_path: Path, output: str, re
         command += ["--group-size", "32", "--recipe", recipe]
         place = Place(commands, tmp_path / "out", [*command, "--bases", "3"], [*command, "--bases", "2"])
         total = place.calls(ERRORS[name][1])
-        sweep(place, name, stride=max(1, total // 40))
+        sweep(place, name, stride=max(1, total // 15))
 
 
 # --- without the shim -------------------------------------------------------------------------------------------------
