@@ -2,7 +2,8 @@
 
     python benchmarks/compiled.py --model minilm.onnx:minilm-float.onnx --json docs/tvm.json
 
-``--model ours:float`` takes an exported file and the same model as ``--recipe float`` writes it. All contenders of a
+``--model ours:float`` takes an exported file and the same model as ``--recipe float`` writes it, ``--decoder`` two
+folders that generate. All contenders of a
 case run in one process, in turns; the figure is the median of the turns that got the processors for at least 90 % of
 their time, see timing.py. Weights of a single product stay in the last-level cache. (Not called tvm.py: Python would
 take it for TVM.)
@@ -11,6 +12,7 @@ take it for TVM.)
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -32,7 +34,7 @@ from qbb_export import format as fmt
 from qbb_export.custom_ops import library_path
 from qbb_export.passes.function_body import AttachFunctionBody
 
-TOKENS = 16
+PROMPT, NEW = 64, 32  # tokens that a decoder reads at once, then writes
 OURS, FLOAT, COMPILED, DEFAULT = "our ORT kernels", "ORT fp32", "TVM", "TVM fp32, as it comes"
 
 
@@ -149,17 +151,50 @@ def products(options: argparse.Namespace, folder: Path) -> list[Row]:
 def models(options: argparse.Namespace, folder: Path) -> list[Row]:
     """Whole models on one sentence."""
     rows = []
-    for i, pair in enumerate(options.model):
+    for (i, pair), tokens in itertools.product(enumerate(options.model), options.tokens):
         ours, _, plain = pair.partition(":")
-        ids = np.random.default_rng(0).integers(5, 8000, (1, TOKENS))
+        ids = np.random.default_rng(0).integers(5, 8000, (1, tokens))
         feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
         calls = {FLOAT: ort_call(Path(plain), feeds, options.threads, None)}
         for mode in options.modes:
             calls[f"{OURS}, {mode}"] = ort_call(Path(ours), feeds, options.threads, mode)
-            calls[f"{COMPILED}, {mode}"] = tvm_call(Path(ours), feeds, folder / f"model{i}-{mode}", mode)
+            calls[f"{COMPILED}, {mode}"] = tvm_call(Path(ours), feeds, folder / f"model{i}-{mode}-{tokens}", mode)
         if options.default:
             calls[DEFAULT] = default_call(Path(plain), feeds)
-        rows += measure(f"{Path(ours).stem}, 1×{TOKENS}", calls, options.threads, options.turns)
+        rows += measure(f"{Path(ours).stem}, 1×{tokens}", calls, options.threads, options.turns)
+    return rows
+
+
+def decoders(options: argparse.Namespace, folder: Path) -> list[Row]:
+    """Folders that generate: a prompt, then token by token with the cache."""
+    from qbb_export.runtimes import tvm
+    from qbb_export.runtimes.decoder import Decoder
+    from qbb_export.runtimes.ort import session
+
+    def write(start: Callable[[], Any]) -> Callable[[], object]:
+        def call() -> None:
+            decoder = start()
+            logits = decoder.step(np.arange(5, 5 + PROMPT)[None])
+            for _ in range(NEW):
+                logits = decoder.step(logits[:, -1:].argmax(-1))
+
+        return call
+
+    def ort(path: str, mode: str | None) -> Callable[[], object]:
+        opened = session(Path(path) / "model.onnx", mode=mode, threads=options.threads)
+        return write(lambda: Decoder(opened, PROMPT + NEW))
+
+    rows = []
+    for i, pair in enumerate(options.decoder):
+        ours, _, plain = pair.partition(":")
+        calls = {FLOAT: ort(plain, None)}
+        for mode in options.modes:
+            calls[f"{OURS}, {mode}"] = ort(ours, mode)
+            built = folder / f"decoder{i}-{mode}"
+            tvm.compile(Path(ours) / "model.onnx", "native", built, mode=mode)
+            compiled = tvm.load(built)
+            calls[f"{COMPILED}, {mode}"] = write(lambda compiled=compiled: tvm.Decoder(compiled))
+        rows += measure(f"{Path(ours).name}, {PROMPT} + {NEW}", calls, options.threads, options.turns)
     return rows
 
 
@@ -174,6 +209,8 @@ def main() -> None:
     parser.add_argument("--batch", type=numbers, default=[1])
     parser.add_argument("--modes", type=lambda text: text.split(","), default=["int8", "exact"])
     parser.add_argument("--model", action="append", default=[], metavar="OURS:FLOAT")
+    parser.add_argument("--tokens", type=numbers, default=[16], help="of that sentence")
+    parser.add_argument("--decoder", action="append", default=[], metavar="OURS:FLOAT")
     parser.add_argument("--default", action="store_true", help="also the float model through TVM's own pipeline")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=200)
@@ -181,7 +218,8 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["TVM_NUM_THREADS"] = str(options.threads)  # read when TVM is first used
     with TemporaryDirectory(prefix="qbb-bench.") as folder:
-        rows = [*products(options, Path(folder)), *models(options, Path(folder))]
+        place = Path(folder)
+        rows = [*products(options, place), *models(options, place), *decoders(options, place)]
     table = Table(title=f"{timing.processor()}, our kernels: {timing.isa()}, {options.threads} thread(s)")
     for column in ("case", "contender", "ms", "ratio", "turns", "undisturbed"):
         table.add_column(column, justify="left" if column in ("case", "contender") else "right")

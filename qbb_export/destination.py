@@ -13,7 +13,7 @@ from onnx_ir.passes import common
 from qbb_export import artifact, folders
 from qbb_export.capture import capture
 from qbb_export.errors import QbbError
-from qbb_export.files import write_whole
+from qbb_export.files import written_with
 from qbb_export.generation.build import DecoderGraph, build_decoder
 from qbb_export.generation.folder import CONFIG, MODEL, write_companions
 from qbb_export.load import load_torch
@@ -103,14 +103,15 @@ class FileDestination(Destination):
     def write(self, model: ir.Model, loaded: TorchModel | None, on_tensor: artifact.OnTensor) -> int:
         """See :class:`Destination`."""
         # A float model is there to be compared with, and other quantisers may work on it.
-        size = artifact.save(model, self.file, on_tensor=on_tensor, seal=bool(binary_basis_nodes(model)))
-        if loaded is not None and loaded.tokenizer is not None:  # so that `qbb eval` needs nothing else
-            path = self.file.with_suffix(".tokenizer.json")
-            try:
-                write_whole(path, loaded.tokenizer.read_bytes())
-            except OSError as error:
-                raise QbbError("cannot write the tokenizer", where=path, got=error) from error
-        return size
+        seal = bool(binary_basis_nodes(model))
+        if loaded is None or loaded.tokenizer is None:
+            return artifact.save(model, self.file, on_tensor=on_tensor, seal=seal)
+        path = self.file.with_suffix(".tokenizer.json")  # so that `qbb eval` needs nothing else
+        try:
+            with written_with(path, loaded.tokenizer.read_bytes()):
+                return artifact.save(model, self.file, on_tensor=on_tensor, seal=seal)
+        except OSError as error:  # the model's own are a QbbError already
+            raise QbbError("cannot write the tokenizer", where=path, got=error) from error
 
     def commit(self) -> None:
         """See :class:`Destination`."""

@@ -8,6 +8,7 @@ import hashlib
 import mmap
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -19,12 +20,24 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OSError: it cannot be written; what was there before is untouched.
     """
+    with written_with(path, data):
+        pass
+
+
+@contextlib.contextmanager
+def written_with(path: Path, data: bytes) -> Iterator[None]:
+    """As :func:`write_whole`, but the file gets its name after the body, if that succeeds; its room is taken before.
+
+    Raises:
+        OSError: it cannot be written, before the body, or cannot get its name, after it.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        yield
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
