@@ -214,7 +214,7 @@ class Record:
         }
         head["digest"] = _digest(head, tensors)
         try:
-            write_whole(self._path(name), save_tensors(tensors, {METADATA_KEY: _json(head).decode("ascii")}))
+            write_whole(self._path(name), _packed(tensors, head))
         except OSError as error:
             raise QbbError("cannot write the record", where=self._path(name), got=error) from error
 
@@ -229,7 +229,7 @@ class Record:
         head["digest"] = _digest(head, tensors)
         try:
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, save_tensors(dict(tensors), {METADATA_KEY: _json(head).decode("ascii")}))
+            write_whole(path, _packed(tensors, head))
         except OSError as error:
             raise QbbError("cannot write the record", where=path, got=error) from error
 
@@ -403,3 +403,14 @@ def _read_head(path: Path) -> LayerHead:
     if file_name(head["name"]) != path.name:
         raise ValueError("name of the file and of the layer do not agree")
     return LayerHead(head["name"], spec, {"F16": 16, "F32": 32}[scales], "offset" in shapes, errors)
+
+
+def _packed(tensors: Mapping[str, npt.NDArray[Any]], head: Mapping[str, Any]) -> bytes:
+    """The bytes of a safetensors file.
+
+    Raises:
+        MemoryError: too little of it. The library would end the process, so the room for its copies is asked for first.
+    """
+    total = sum(array.nbytes for array in tensors.values())
+    np.empty(3 * total + (1 << 20), np.uint8)
+    return bytes(save_tensors(dict(tensors), {METADATA_KEY: _json(head).decode("ascii")}))

@@ -113,6 +113,10 @@ int rename(const char* from, const char* to) {
   REAL(rename);
   return due(RENAME, to) ? -1 : real(from, to);
 }
+int renameat2(int from_folder, const char* from, int to_folder, const char* to, unsigned flags) {
+  REAL(renameat2);
+  return due(RENAME, to) ? -1 : real(from_folder, from, to_folder, to, flags);
+}
 int mkdir(const char* path, mode_t mode) {
   REAL(mkdir);
   return due(MKDIR, path) ? -1 : real(path, mode);
