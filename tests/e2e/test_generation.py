@@ -145,7 +145,7 @@ def test_scaled_rotations(tmp_path, kind, family, changes):
     assert export(source, "-o", tmp_path / "out", *SMALL) == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3"])
 def test_float16(tmp_path, family):
     source, count = models.tiny_decoder(family, tmp_path / "hf")
     out = tmp_path / "out"
