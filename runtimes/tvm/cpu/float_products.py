@@ -46,30 +46,34 @@ def matmul(builder: Any, call: Any, isa: Isa) -> Any:
     return calls.call(builder, function, "matmul", [a, b if turned is None else turned], call.ty)
 
 
+def _bound(builder: Any, value: Any) -> Any:
+    """What a variable stands for; any other expression as it is."""
+    return builder.lookup_binding(value) if isinstance(value, relax.Var) else value
+
+
+def _permuted(value: Any) -> tuple[Any, list[int]] | None:
+    """What is transposed, and its axes in their new order; None if ``value`` is no transpose."""
+    if not (isinstance(value, relax.Call) and value.op == tvm.ir.Op.get("relax.permute_dims")):
+        return None
+    rank, axes = len(value.ty.shape.values), value.attrs.axes
+    return value.args[0], list(reversed(range(rank))) if axes is None else [int(axis) % rank for axis in axes]
+
+
 def _transposed(builder: Any, value: Any) -> Any:
     """What ``value`` is the transpose of, the last two axes swapped; None if it is none."""
-    binding = builder.lookup_binding(value) if isinstance(value, relax.Var) else value
-    if not (isinstance(binding, relax.Call) and binding.op == tvm.ir.Op.get("relax.permute_dims")):
-        return None
+    found = _permuted(_bound(builder, value))
     rank = len(value.ty.shape.values)
-    axes = binding.attrs.axes
-    swapped = [*range(rank - 2), rank - 1, rank - 2]
-    found = list(reversed(range(rank))) if axes is None else [int(axis) % rank for axis in axes]
-    return binding.args[0] if found == swapped else None
+    return found[0] if found is not None and found[1] == [*range(rank - 2), rank - 1, rank - 2] else None
 
 
 def _constant(builder: Any, value: Any) -> Any:
     """A constant, or one transposed, as numpy's array; None for anything else."""
-    if isinstance(value, relax.Var):
-        value = builder.lookup_binding(value)
+    value = _bound(builder, value)
     if isinstance(value, tvm.ir.GenericConst):
         return value.value.numpy()
-    if isinstance(value, relax.Call) and value.op == tvm.ir.Op.get("relax.permute_dims"):
-        inner = _constant(builder, value.args[0])
-        if inner is not None:
-            axes = value.attrs.axes
-            return np.transpose(inner, None if axes is None else [int(i) for i in axes])
-    return None
+    found = _permuted(value)
+    inner = None if found is None else _constant(builder, found[0])
+    return None if found is None or inner is None else np.transpose(inner, found[1])
 
 
 def _multiply(
