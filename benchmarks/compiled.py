@@ -3,10 +3,9 @@
     python benchmarks/compiled.py --model minilm.onnx:minilm-float.onnx --json docs/tvm.json
 
 ``--model ours:float`` takes an exported file and the same model as ``--recipe float`` writes it, ``--decoder`` two
-folders that generate. All contenders of a
-case run in one process, in turns; the figure is the median of the turns that got the processors for at least 90 % of
-their time, see timing.py. Weights of a single product stay in the last-level cache. (Not called tvm.py: Python would
-take it for TVM.)
+folders that generate. All contenders of a case run in one process, in turns; the figure is the median of the turns that
+got the processors for at least 90 % of their time, see timing.py. Weights of a single product stay in the last-level
+cache. (Not called tvm.py: Python would take it for TVM.)
 """
 
 from __future__ import annotations
@@ -87,11 +86,12 @@ def ort_call(path: Path, feeds: dict[str, np.ndarray], threads: int, mode: str |
 
 
 def tvm_call(path: Path, feeds: dict[str, np.ndarray], folder: Path, mode: str | None) -> Callable[[], object]:
-    """A run of the compiled file."""
+    """A run of the compiled file; it is compiled once for all sizes."""
     from qbb_export.runtimes.tvm import load
     from qbb_export.runtimes.tvm.build import compile_model
 
-    compile_model(path, "native", folder, mode=mode)
+    if not folder.exists():
+        compile_model(path, "native", folder, mode=mode)
     compiled = load(folder)
     tensors = {v["name"]: compiled.tensor(feeds[v["name"]]) for v in compiled.manifest["inputs"]}
     return lambda: compiled.run_tensors(tensors)
@@ -141,7 +141,7 @@ def products(options: argparse.Namespace, folder: Path) -> list[Row]:
                     x = {"X": np.random.default_rng(1).standard_normal((batch, size), dtype=np.float32)}
                     calls = {
                         OURS: ort_call(path, x, options.threads, mode),
-                        COMPILED: tvm_call(path, x, folder / f"{path.stem}-{mode}-{batch}", mode),
+                        COMPILED: tvm_call(path, x, folder / f"{path.stem}-{mode}", mode),
                     }
                     case = f"{size}², {bases} base{'s' * (bases > 1)}, {batch} row{'s' * (batch > 1)}, {mode}"
                     rows += measure(case, calls, options.threads, options.turns)
@@ -158,7 +158,7 @@ def models(options: argparse.Namespace, folder: Path) -> list[Row]:
         calls = {FLOAT: ort_call(Path(plain), feeds, options.threads, None)}
         for mode in options.modes:
             calls[f"{OURS}, {mode}"] = ort_call(Path(ours), feeds, options.threads, mode)
-            calls[f"{COMPILED}, {mode}"] = tvm_call(Path(ours), feeds, folder / f"model{i}-{mode}-{tokens}", mode)
+            calls[f"{COMPILED}, {mode}"] = tvm_call(Path(ours), feeds, folder / f"model{i}-{mode}", mode)
         if options.default:
             calls[DEFAULT] = default_call(Path(plain), feeds)
         rows += measure(f"{Path(ours).stem}, 1×{tokens}", calls, options.threads, options.turns)
