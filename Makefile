@@ -51,7 +51,7 @@ test-gpu: $(INSTALLED) ## tests that need an NVIDIA GPU
 test-slow: $(INSTALLED) ## tests that take minutes each
 	$(PY) -m pytest -m slow -n $(WORKERS) $(PYTEST_ARGS)
 
-soak: $(INSTALLED) ## every damaged file, every check removed in turn, …: an hour or more, with tables at the end
+soak: $(INSTALLED) ## every damaged file, every check removed in turn, …: hours, with tables at the end
 	$(PY) -m pytest -m soak -n 0 $(PYTEST_ARGS)
 
 # The validators, and the tests that aim at them: what no test reaches here, no test guards.
