@@ -218,7 +218,10 @@ int main(int argc, char** argv) {
 #endif
 #endif
   }
-  for (const auto& v : variants) CHECK(cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_memory));
+  for (const auto& v : variants) {
+    const int bytes = v.kind == 4 ? static_cast<int>(kPromptMemory<128>) : most_memory;  // it has memory of fixed size, too
+    CHECK(cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  }
   int clusters[9] = {};
   for (const auto& v : variants) {
     if (v.kind != 0) continue;

@@ -84,7 +84,19 @@ class Contender:
     replay: Call
 
 
-def captured(calls: Sequence[Call]) -> Call:
+class Graph:
+    """Replays calls; keeps them, so that the memory they use stays theirs."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, calls: Sequence[Call]) -> None:
+        self._graph = graph
+        self._calls = calls
+
+    def __call__(self) -> None:
+        """Start all of them."""
+        self._graph.replay()
+
+
+def captured(calls: Sequence[Call]) -> Graph:
     """All calls as one CUDA graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -95,7 +107,7 @@ def captured(calls: Sequence[Call]) -> Call:
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
-    return graph.replay
+    return Graph(graph, calls)
 
 
 def copies_of(size: int) -> int:

@@ -191,32 +191,50 @@ Rows from_row(const Rows& rows, const Weights& w, int64_t first, int64_t count) 
               rows.type, static_cast<int>(count), 0};
 }
 
+// Whether the fast kernels take such weights; the general one takes all.
+bool regular(const Weights& w) {
+  const int chunks = w.group_words / kChunkWords;
+  const bool power = w.group_words % kChunkWords == 0 && (chunks & (chunks - 1)) == 0;
+  return w.half_scales && w.bases <= 4 && (power || w.group_words == w.words);
+}
+
+// Of weights in shared memory by decode_bulk.cuh; below kFewestStages, decode.cuh is faster.
+int stages_of(const Rule& rule, const Weights& w, bool integer, const Device& device) {
+  if (device.arch < kBulkArch) return 0;
+  return bulk_stages(w.words, w.bases, w.offset != nullptr, integer ? 8 : 16, rule.step, device.shared_memory);
+}
+
+// Whether what the rule's kernel needs at least fits into shared memory.
+bool fits(const Rule& rule, const Weights& w, Type type, int64_t M, bool integer, const Device& device) {
+  switch (rule.path) {
+    case Path::kDecode:
+      return stages_of(rule, w, integer, device) >= kFewestStages ||
+             static_cast<int64_t>(decode_memory(w.words, w.bases, integer ? 8 : 16, rule.step)) <= device.shared_memory;
+    case Path::kBytes:
+    case Path::kBatch: return batch_block(w.words, w.bases, kColumn, device.shared_memory) >= kBatchPiece;
+    case Path::kCluster: return cluster_shape(w, type, M, device).rows != 0;
+    case Path::kPrompt: return type == kFloat16;
+    default: return true;
+  }
+}
+
 Rule rule_for(const Weights& w, Type type, int64_t M, bool integer, const Device& device) {
   constexpr Rule kAnything{0, kAnyArch, false, kAnyRows, Path::kGeneral, 1};
   const auto find = [&](const auto& rules) {
     for (const Rule& rule : rules) {
-      if (rule.path == Path::kPrompt && type != kFloat16) continue;
-      const bool fits = rule.arch <= device.arch && device.arch <= rule.last_arch;
-      if (fits && rule.path == Path::kCluster && cluster_shape(w, type, M, device).rows == 0) continue;
-      if (fits && (integer || !rule.only_int8) && M <= rule.rows) return rule;
+      if (device.arch < rule.arch || rule.last_arch < device.arch || rule.rows < M) continue;
+      if ((integer || !rule.only_int8) && fits(rule, w, type, M, integer, device)) return rule;
     }
     return kAnything;
   };
-  if (!regular(w, device)) return kAnything;
+  if (!regular(w)) return kAnything;
   return type == kFloat32 ? find(kFloatRules) : find(kHalfRules);
 }
 
 }  // namespace
 
-bool regular(const Weights& w, const Device& device) {
-  const int chunks = w.group_words / kChunkWords;
-  const bool power = w.group_words % kChunkWords == 0 && (chunks & (chunks - 1)) == 0;
-  return w.half_scales && w.bases <= 4 && (power || w.group_words == w.words) &&
-         static_cast<int64_t>(decode_memory(w.words, w.bases, 16, 4)) <= device.shared_memory;
-}
-
 cudaError_t reserve(const Weights& w, const Device& device) {
-  if (!regular(w, device)) return cudaSuccess;
+  if (!regular(w)) return cudaSuccess;
   const auto most = static_cast<size_t>(device.shared_memory);
   for (const int step : {1, 2, 4, 8}) {
     std::array<Kernel, 7> kernels{batch_kernel<Bytes>(w.bases, step), batch_kernel<Halves<false>>(w.bases, step),
@@ -277,9 +295,7 @@ cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, 
     if (rule.path == Path::kDecode) {
       const int bits = integer ? 8 : 16;
       const bool offset = w.offset != nullptr;
-      const int stages = device.arch < kBulkArch
-                             ? 0
-                             : bulk_stages(w.words, w.bases, offset, bits, rule.step, device.shared_memory);
+      const int stages = stages_of(rule, w, integer, device);
       if (stages >= kFewestStages) {
         Rows staged = part;
         staged.block = stages;

@@ -16,9 +16,6 @@ struct Device {
 // Device::clusters.
 cudaError_t count_clusters(Device& device);
 
-// Whether the fast kernels take such weights; the general one takes all.
-bool regular(const Weights& w, const Device& device);
-
 // Y = op(X): one launch or several on `stream`.
 cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, const Device& device, cudaStream_t stream);
 

@@ -24,10 +24,9 @@ def cuda_bound(
     """
     chunks = np.pad(np.abs(x), ((0, 0), (0, -x.shape[1] % CHUNK))).reshape(len(x), -1, CHUNK)
     largest = np.repeat(chunks.max(axis=-1), CHUNK, axis=1)[:, : x.shape[1]]
-    no_bias = Layer(layer.spec, layer.planes, layer.scales, layer.offset, np.zeros(1, np.float32))
-    total = no_bias.terms(largest) / (2 ** (bits - 1) - 1) / 2
+    total = layer.terms(largest, bias=False) / (2 ** (bits - 1) - 1) / 2
     if half:
-        total = np.maximum(total, 2.0 ** (-10 if layer.spec.bases == 4 else -11) * no_bias.terms(x))
+        total = np.maximum(total, 2.0 ** (-10 if layer.spec.bases == 4 else -11) * layer.terms(x, bias=False))
     if whole:
         levels = layer.row_levels() / 32600
         rounded = layer.spec.bases * np.abs(x).sum(axis=1) / 2 + largest.sum(axis=1) / 2

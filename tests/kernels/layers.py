@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from qbb_export import format as fmt
-from qbb_export.reference import binary_basis_matmul, dense_weight
+from qbb_export.reference import dense_weight
 
 ELEMENT = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.float16): TensorProto.FLOAT16}
 
@@ -33,16 +34,25 @@ class Layer:
     offset: np.ndarray
     bias: np.ndarray
 
+    @cached_property
+    def weight(self) -> np.ndarray:
+        """What it stands for: float64 ``[N, K]``."""
+        return dense_weight(self.planes, self.scales, self.offset, self.spec)
+
+    @cached_property
+    def magnitudes(self) -> np.ndarray:
+        """Σ|s| and the offset's magnitude of each weight: float64 ``[N, K]``."""
+        all_plus = np.full_like(self.planes, 0xFFFFFFFF)
+        return dense_weight(all_plus, np.abs(self.scales), np.abs(self.offset), self.spec)
+
     def exact(self, x: np.ndarray) -> np.ndarray:
         """The output in float64, whatever the type of x."""
-        arrays = (self.planes, self.scales, self.offset, self.bias)
-        return binary_basis_matmul(x.astype(np.float64), *arrays, self.spec)
+        return x.astype(np.float64) @ self.weight.T + self.bias.astype(np.float64)
 
-    def terms(self, x: np.ndarray) -> np.ndarray:
+    def terms(self, x: np.ndarray, bias: bool = True) -> np.ndarray:
         """Σ|s||x| with offset and bias: what rounding errors are proportional to."""
-        all_plus = np.full_like(self.planes, 0xFFFFFFFF)
-        weight = dense_weight(all_plus, np.abs(self.scales), np.abs(self.offset), self.spec)
-        return np.abs(x.astype(np.float64)) @ weight.T + np.abs(self.bias.astype(np.float64))
+        products = np.abs(x.astype(np.float64)) @ self.magnitudes.T
+        return products + np.abs(self.bias.astype(np.float64)) if bias else products
 
     def row_levels(self) -> np.ndarray:
         """The largest Σ|s| of any group, for each row: ``[N]``."""
