@@ -83,7 +83,12 @@ def gemlite(k: int, n: int, batch: int, copies_of: Copies, *, bits: int) -> Made
     with torch.cuda.graph(graph):
         for layer in layers:
             layer(x)
-    return "gemlite", bits, "A16", size, len(layers), graph.replay
+
+    def replay() -> None:
+        graph.replay()
+        _ = x, layers  # alive as long as the graph
+
+    return "gemlite", bits, "A16", size, len(layers), replay
 
 
 def _nbits(bits: int, block: int, fpa: bool = False) -> Callable[[int, int, int, Copies], Made]:

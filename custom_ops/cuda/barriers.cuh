@@ -42,6 +42,20 @@ __device__ __forceinline__ void wait_for(uint64_t* barrier, int parity) {
       : "memory");
 }
 
+// True for one lane of the warp, all of which take part: then the compiler knows that it is one, and asks for a copy at once
+// and not lane by lane.
+__device__ __forceinline__ bool elect_lane() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred elected;\n"
+      "elect.sync _|elected, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, elected;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 // `bytes` bytes (all three multiples of 16) to shared memory by the copy engine, which tells the barrier.
 __device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(

@@ -1,6 +1,6 @@
 // A few up to some dozens of rows of X, on Hopper: blocks of a cluster share outputs, and each takes a slice of the inputs.
 //
-// So a block prepares no more than its slice of X, once, and X stays in shared memory. A warp copies weights, some pieces
+// So a block prepares no more than its slice of X, once, and X stays in shared memory. Four warps copy weights, some pieces
 // ahead; warpgroups take turns at the pieces, look weights up and multiply (cluster_products.cuh). 64 outputs (a set) at a
 // time, each warpgroup sends its sums to the blocks that add them up, each some of the outputs, in a fixed order, while
 // the next set is under way.
@@ -32,11 +32,12 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks) cluster(const W
   const int pieces = (end - first + Plan::kPiece - 1) / Plan::kPiece;
   if (thread == 0) {
     for (int s = 0; s < Plan::kStages; ++s) {
-      init_barrier(&full[s], 1);
+      init_barrier(&full[s], kClusterTiles);
       init_barrier(&empty[s], kClusterTiles);
     }
-    for (int i = 0; i < 2; ++i) init_barrier(&arrived[i], blocks * Plan::kWarpgroups);
+    for (int i = 0; i < 2; ++i) init_barrier(&arrived[i], 1);
     show_barriers();
+    for (int i = 0; i < 2; ++i) arrive_expecting(&arrived[i], Memory::kSumBytes);
   }
   let_next_kernel_start();  // it waits for this one before it reads or writes what this one does
   __syncthreads();
@@ -44,20 +45,19 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks) cluster(const W
 
   if (thread >= Plan::kMultiply) {
     if constexpr (Plan::kExchange) give_registers<Plan::kFew>();
+    const int tile = uniform(thread / 32 % kClusterTiles);  // a warp copies it
+    const bool elected = elect_lane();
     int stage = 0, parity = 1, count = 0;
-    if (thread >= Plan::kMultiply + 32) {
-      wait_for_cluster();
-      return;
-    }
     for (int row = 0; row < rows.M; row += kTokens) {
       for (int set = first_set; set < sets; set += clusters) {
-        const SetCopy<Memory, kBases> copy(w, set, lane);
+        const TileCopy<Memory, kBases> copy(w, set, tile);
 #pragma unroll 1
         for (int piece = 0; piece < pieces; ++piece, ++count) {
           if (count == Plan::kStages) wait_for_cluster();
           if (count >= Plan::kStages) wait_for(&empty[stage], parity);
           const int from = first + piece * Plan::kPiece;
-          copy.start(stages + stage * Memory::kStage, &full[stage], w, from, min(from + Plan::kPiece, end), lane);
+          const int to = min(from + Plan::kPiece, end);
+          if (elected) copy.start(stages + stage * Memory::kStage, &full[stage], w, from, to);
           if (++stage == Plan::kStages) {
             stage = 0;
             parity ^= 1;
@@ -70,9 +70,7 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks) cluster(const W
   }
   if constexpr (Plan::kExchange) take_registers<Plan::kMany>();
 
-  // The same for all lanes, and the compiler has to know it: what products need of it then takes no vector instructions.
-  const auto of_warp = [](int v) { return static_cast<int>(__shfl_sync(kAllLanes, static_cast<uint32_t>(v), 0)); };
-  const int warpgroup = of_warp(thread / kWarpgroupThreads), tile = of_warp(thread / 32 % kClusterTiles);
+  const int warpgroup = uniform(thread / kWarpgroupThreads), tile = uniform(thread / 32 % kClusterTiles);
   const int own = thread % kWarpgroupThreads, t = lane % 4;
   auto* tables = reinterpret_cast<uint4*>(stages + Memory::kLevels) + thread / 32 * Plan::kPiece * QBB_TILE_ROWS;
   const auto inverse_of = [](float unit) { return unit > 0.0f ? 1.0f / unit : 0.0f; };
@@ -87,7 +85,8 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks) cluster(const W
     const float2 factor = make_float2(one ? How::unit_of(w, out) : 0.0f, two ? How::unit_of(w, out + 1) : 0.0f);
     const float2 base = make_float2(bias && one ? w.bias[out] : 0.0f, bias && two ? w.bias[out + 1] : 0.0f);
     const auto* sums = reinterpret_cast<const float4*>(received + count % 2 * Memory::kSumBytes);
-    wait_for_blocks(&arrived[count % 2], count / 2 % 2);
+    wait_for(&arrived[count % 2], count / 2 % 2);
+    if (thread == 0) arrive_expecting(&arrived[count % 2], Memory::kSumBytes);  // of the set after the next one
     for (int i = thread; i < items; i += Plan::kMultiply) {
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       for (int c = 0; c < blocks * Plan::kWarpgroups; ++c) {
@@ -224,15 +223,16 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks) cluster(const W
       unread -= pieces;
       if (count > 0) finish(last_row, last_set, count - 1);
       // Sums to those who add them up. Their memory is free: all have finished the set before the last one.
-      const uint32_t to = address_in_block(received + count % 2 * Memory::kSumBytes, own / share);
+      sync_threads(2 + warpgroup, kWarpgroupThreads);  // so they say, too, that all of it has read the last sums
+      const int block = own / share;
+      const uint32_t to = address_in_block(received + count % 2 * Memory::kSumBytes, block);
+      const uint32_t told = address_in_block(&arrived[count % 2], block);
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
         const int place = ((rank * Plan::kWarpgroups + warpgroup) * kColumns + n) * share + own % share;
         store_in_block(to + static_cast<uint32_t>(place) * 16,
-                       make_float4(sums[4 * n], sums[4 * n + 1], sums[4 * n + 2], sums[4 * n + 3]));
+                       make_float4(sums[4 * n], sums[4 * n + 1], sums[4 * n + 2], sums[4 * n + 3]), told);
       }
-      sync_threads(2 + warpgroup, kWarpgroupThreads);
-      if (own < blocks) arrive_in_block(address_in_block(&arrived[count % 2], own));
       last_set = set;
       last_row = row;
       ++count;

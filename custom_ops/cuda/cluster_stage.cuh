@@ -26,7 +26,8 @@ struct ClusterPlan {
 
 // For `cluster` as it is launched: as many stages as leave room for X.
 template <int kTokens, int kBases>
-using UsualPlan = ClusterPlan<2, kTokens < 64 ? 8 : kBases < 4 ? 4 : 3, 2, 1>;
+using UsualPlan = std::conditional_t<(kTokens <= 16), ClusterPlan<3, kBases < 4 ? 5 : 4, 4, 1>,
+                                     ClusterPlan<2, kTokens < 64 ? 8 : kBases < 4 ? 4 : 3, 2, 1>>;
 
 // Where things are, in bytes: stages; sums of all warpgroups of the cluster, twice; levels of each warp; barriers; X
 // [chunks of a block][...], see cluster_products.cuh; numbers [chunks][kTokens] of X, if any. A stage: words
@@ -63,40 +64,37 @@ __host__ __device__ constexpr int cluster_block(int words, int cluster) {
 
 #if QBB_WARPGROUP_PRODUCTS
 
-// Copies weights of a set, a piece at a time. A lane has a tile of a basis, words and scales; four more have offsets.
+// Copies weights of a tile of a set, a piece at a time.
 template <class Memory, int kBases>
-struct SetCopy {
-  const char *words, *groups;  // of the lane's tile
-  int group_bytes;             // 0 for lanes without work
-  bool has_words;
+struct TileCopy {
+  const char *words, *scales, *offsets;  // of the tile's first basis
+  int tile;                              // of the set
 
   static constexpr int kWordBytes = QBB_TILE_ROWS * 4, kScaleBytes = QBB_TILE_ROWS * 2, kOffsetBytes = QBB_TILE_ROWS * 4;
 
-  __device__ __forceinline__ SetCopy(const Weights& w, int set, int lane) {
-    const int basis = lane / kClusterTiles, tile = min(set * kClusterTiles + lane % kClusterTiles, w.tiles - 1);
-    has_words = basis < kBases;
-    group_bytes = has_words ? kScaleBytes : basis == kBases && w.offset != nullptr ? kOffsetBytes : 0;
-    words = reinterpret_cast<const char*>(w.planes) + basis * w.plane_bytes + static_cast<int64_t>(tile) * w.tile_bytes;
-    groups = (has_words ? static_cast<const char*>(w.scales) + basis * w.scale_bytes
-                        : reinterpret_cast<const char*>(w.offset)) +
-             static_cast<int64_t>(tile) * w.groups * group_bytes;
+  __device__ __forceinline__ TileCopy(const Weights& w, int set, int of_set) : tile(of_set) {
+    const int64_t at = min(set * kClusterTiles + tile, w.tiles - 1);
+    words = reinterpret_cast<const char*>(w.planes) + at * w.tile_bytes;
+    scales = static_cast<const char*>(w.scales) + at * w.groups * kScaleBytes;
+    offsets = reinterpret_cast<const char*>(w.offset) + at * w.groups * kOffsetBytes;
   }
 
-  // Chunks first .. end to the stage `to`. All lanes of a warp take part.
-  __device__ __forceinline__ void start(char* to, uint64_t* full, const Weights& w, int first, int end, int lane) const {
+  // Chunks first .. end to the stage `to`.
+  __device__ __forceinline__ void start(char* to, uint64_t* full, const Weights& w, int first, int end) const {
     const uint32_t word_bytes = static_cast<uint32_t>(min(end * kChunkWords, w.words) - first * kChunkWords) * kWordBytes;
     const int group = min(first >> w.group_shift, w.groups - 1);
     const auto count = static_cast<uint32_t>(min((end - 1) >> w.group_shift, w.groups - 1) - group + 1);
-    if (lane == 0) {
-      const uint32_t offset_bytes = w.offset == nullptr ? 0 : count * kOffsetBytes;
-      arrive_expecting(full, kClusterTiles * (kBases * (word_bytes + count * kScaleBytes) + offset_bytes));
+    const uint32_t scale_bytes = count * kScaleBytes, offset_bytes = w.offset == nullptr ? 0 : count * kOffsetBytes;
+    arrive_expecting(full, kBases * (word_bytes + scale_bytes) + offset_bytes);
+#pragma unroll
+    for (int b = 0; b < kBases; ++b) {
+      const int place = b * kClusterTiles + tile;
+      copy_bulk(to + place * Memory::kTileWords, words + b * w.plane_bytes + first * (kChunkWords * kWordBytes), word_bytes, full);
+      copy_bulk(to + Memory::kScales + place * Memory::kTileScales, scales + b * w.scale_bytes + group * kScaleBytes, scale_bytes,
+                full);
     }
-    __syncwarp();
-    if (has_words) copy_bulk(to + lane * Memory::kTileWords, words + first * (kChunkWords * kWordBytes), word_bytes, full);
-    if (group_bytes == 0) return;
-    char* groups_to = to + (has_words ? Memory::kScales + lane * Memory::kTileScales
-                                      : Memory::kOffsets + lane % kClusterTiles * Memory::kTileOffsets);
-    copy_bulk(groups_to, groups + group * group_bytes, count * static_cast<uint32_t>(group_bytes), full);
+    if (offset_bytes == 0) return;
+    copy_bulk(to + Memory::kOffsets + tile * Memory::kTileOffsets, offsets + group * kOffsetBytes, offset_bytes, full);
   }
 };
 

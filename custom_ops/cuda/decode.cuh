@@ -125,7 +125,9 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, 2) decode(const Weights w, 
 #pragma unroll
       for (int u = 0; u < kPieceChunks; ++u) {
         const Chunk<kBases> weights = Pieces::take(piece, w, u, lane);
-        add_chunk_of_planes<kBases, kBits, kRows>(sums, weights, now.piece * kPieceChunks + u, planes, steps, chunks, lane);
+        const int chunk = now.piece * kPieceChunks + u;
+        const PlanesOfChunk<kBits, kRows> x(planes, steps, chunk, chunks, lane, chunk);
+        add_chunk_of_planes<kBases, kBits, kRows>(sums, weights, x, lane);
       }
       __syncwarp();  // all lanes have read the piece
       fetch();

@@ -1,9 +1,9 @@
 // Few rows of X (decoding) on Hopper and later: a kernel that lives as long as one read of the weights.
 //
 // Each block owns some tiles of 16 rows of the matrix and takes them stage by stage, 16 chunks of a tile at a time. One of
-// its warps asks for the stages, in few large copies, as far ahead as shared memory allows; the others multiply, two chunks
-// of a stage each, and add up their sums of a tile in a fixed order. Two blocks fit a multiprocessor: the second one is the
-// next kernel's, whose ring fills while this one ends, or, where there is much to read, another one of this kernel.
+// its warps asks for the stages, in few large copies, as far ahead as shared memory allows; most multiply, a chunk of each
+// stage; and one adds up their sums of a tile, in a fixed order, so that no other has to wait for that. Two blocks fit
+// a multiprocessor: the second one is the next kernel's, whose ring fills while this one ends.
 #pragma once
 
 #include "cuda/barriers.cuh"
@@ -11,9 +11,9 @@
 
 namespace qbb::cuda {
 
-constexpr int kBulkWarps = 8;                        // that multiply
-constexpr int kBulkThreads = (kBulkWarps + 1) * 32;  // and one that copies
-constexpr int kStageChunks = 16;
+constexpr int kBulkWarps = 16;                       // that multiply, each a chunk of a stage
+constexpr int kBulkThreads = (kBulkWarps + 2) * 32;  // and one that copies, and one that adds up
+constexpr int kStageChunks = kBulkWarps;
 constexpr int kMostStages = 16;
 
 // A stage in shared memory: [bases][16 chunks][4 words][16 rows], then [bases][16 groups at most][16] float16 scales, then as
@@ -27,7 +27,7 @@ __host__ __device__ constexpr int bulk_stage(int bases, bool offset) {
 // Bytes of shared memory beside the stages: planes and steps of X, sums of two tiles, barriers.
 inline int64_t bulk_fixed(int words, int bits, int rows) {
   const int64_t chunks = (words + kChunkWords - 1) / kChunkWords;
-  return rows * (chunks * (bits * 16 + 8) + 2 * kBulkWarps * QBB_TILE_ROWS * 4) + 2 * kMostStages * 8;
+  return rows * (chunks * (bits * 16 + 8) + 2 * kBulkWarps * QBB_TILE_ROWS * 4) + (2 * kMostStages + 4) * 8;
 }
 
 // How many stages fit. Two blocks share a multiprocessor's memory (each costs 1 KB more), unless X is too long for that.
@@ -40,16 +40,6 @@ inline int bulk_stages(int words, int bases, bool offset, int bits, int rows, in
 
 inline size_t bulk_memory(int words, int bases, bool offset, int bits, int rows, int stages) {
   return static_cast<size_t>(bulk_fixed(words, bits, rows) + int64_t{stages} * bulk_stage(bases, offset));
-}
-
-// Blocks: one for each multiprocessor, or two where they take their tiles as evenly and read more than one ring holds.
-inline int bulk_blocks(int words, int tiles, int stages, int multiprocessors) {
-  const auto turns = [&](int blocks) { return (tiles + blocks - 1) / blocks; };
-  const int once = tiles < multiprocessors ? tiles : multiprocessors;
-  const int twice = tiles < 2 * multiprocessors ? tiles : 2 * multiprocessors;
-  const int steps = (words + kStageChunks * kChunkWords - 1) / (kStageChunks * kChunkWords);
-  const bool even = 20 * turns(once) * once >= 19 * turns(twice) * twice;
-  return even && turns(twice) * steps > stages ? twice : once;
 }
 
 // Where a ring of stages is.
@@ -87,36 +77,42 @@ __device__ __forceinline__ void copy_stage(char* to, uint64_t* full, const Weigh
   }
 }
 
-// A lane's part of one chunk of a stage; `group` counts from the stage's first.
+// Where a lane's part of its warp's chunk lies in each stage, in bytes.
 template <int kBases>
-__device__ __forceinline__ Chunk<kBases> take_chunk(const char* stage, const Weights& w, int chunk, int group, int lane) {
-  const char* words = stage + (chunk * kChunkWords + lane % 4) * (QBB_TILE_ROWS * 4) + lane / 4 * 8;
-  const char* scales = stage + kBases * bulk_words() + group * (QBB_TILE_ROWS * 2) + lane / 4 * 4;
-  Chunk<kBases> to;
+struct PlaceInStage {
+  int words, scales, offset;
+
+  // A stage begins with a group, or all of it is of one.
+  __device__ __forceinline__ PlaceInStage(const Weights& w, int warp, int lane) {
+    const int group = warp >> w.group_shift;
+    words = (warp * kChunkWords + lane % 4) * (QBB_TILE_ROWS * 4) + lane / 4 * 8;
+    scales = kBases * bulk_words() + group * (QBB_TILE_ROWS * 2) + lane / 4 * 4;
+    offset = kBases * (bulk_words() + bulk_scales()) + group * (QBB_TILE_ROWS * 4) + lane / 4 * 8;
+  }
+
+  __device__ __forceinline__ Chunk<kBases> take(const char* stage, bool has_offset) const {
+    Chunk<kBases> to;
 #pragma unroll
-  for (int b = 0; b < kBases; ++b) {
-    to.words[b] = *reinterpret_cast<const uint2*>(words + b * bulk_words());
-    to.scales[b] = *reinterpret_cast<const uint32_t*>(scales + b * bulk_scales());
+    for (int b = 0; b < kBases; ++b) {
+      to.words[b] = *reinterpret_cast<const uint2*>(stage + words + b * bulk_words());
+      to.scales[b] = *reinterpret_cast<const uint32_t*>(stage + scales + b * bulk_scales());
+    }
+    to.offset = has_offset ? *reinterpret_cast<const float2*>(stage + offset) : make_float2(0.0f, 0.0f);
+    return to;
   }
-  to.offset = make_float2(0.0f, 0.0f);
-  if (w.offset != nullptr) {
-    to.offset = *reinterpret_cast<const float2*>(stage + kBases * (bulk_words() + bulk_scales()) +
-                                                 group * (QBB_TILE_ROWS * 4) + lane / 4 * 8);
-  }
-  return to;
-}
+};
 
 // float16 scales; groups that are 2^n chunks, or whole rows; rows.M <= kRows; rows.block stages.
 template <int kBases, int kBits, int kRows>
 __global__ void __launch_bounds__(kBulkThreads, 2) decode_bulk(const Weights w, const Rows rows) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   let_next_kernel_start();
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  const int thread = static_cast<int>(threadIdx.x), warp = uniform(thread / 32), lane = thread % 32;
   const int chunks = (w.words + kChunkWords - 1) / kChunkWords, steps_of_tile = (chunks + kStageChunks - 1) / kStageChunks;
   const int stage_bytes = bulk_stage(kBases, w.offset != nullptr), stages = rows.block;
   auto* full = reinterpret_cast<uint64_t*>(block_memory());
-  uint64_t* empty = full + kMostStages;
-  char* ring = reinterpret_cast<char*>(empty + kMostStages);
+  uint64_t *empty = full + kMostStages, *summed = empty + kMostStages, *taken = summed + 2;
+  char* ring = reinterpret_cast<char*>(taken + 2);
   auto* planes = reinterpret_cast<uint32_t*>(ring + stages * stage_bytes);
   auto* steps = reinterpret_cast<float2*>(planes + kRows * chunks * kBits * 4);
   auto* partial = reinterpret_cast<float*>(steps + kRows * chunks);  // [2][kBulkWarps][kRows][16]
@@ -127,16 +123,20 @@ __global__ void __launch_bounds__(kBulkThreads, 2) decode_bulk(const Weights w, 
       init_barrier(&full[s], 1);
       init_barrier(&empty[s], kBulkWarps);
     }
+    for (int i = 0; i < 2; ++i) {
+      init_barrier(&summed[i], kBulkWarps);
+      init_barrier(&taken[i], 1);
+    }
     show_barriers();
   }
   __syncthreads();
   if (warp == kBulkWarps) {
-    if (lane != 0) return;
+    const bool elected = elect_lane();
     Slot slot{0, 1};
     for (int tile = first, asked = 0; tile < end; ++tile) {
       for (int step = 0; step < steps_of_tile; ++step, ++asked) {
         if (asked >= stages) wait_for(&empty[slot.number], slot.parity);
-        copy_stage<kBases>(ring + slot.number * stage_bytes, &full[slot.number], w, tile, step * kStageChunks);
+        if (elected) copy_stage<kBases>(ring + slot.number * stage_bytes, &full[slot.number], w, tile, step * kStageChunks);
         slot.advance(stages);
       }
     }
@@ -144,31 +144,54 @@ __global__ void __launch_bounds__(kBulkThreads, 2) decode_bulk(const Weights w, 
   }
 
   wait_for_previous_kernel();
+  const auto sums_of = [&](int tile) { return partial + (tile - first) % 2 * (kBulkWarps * kRows * QBB_TILE_ROWS); };
+  if (warp > kBulkWarps) {
+    constexpr int kHalf = kBulkWarps / 2;  // of the warps: a lane adds up those of one half for an output
+    for (int tile = first; tile < end; ++tile) {
+      const int turn = tile - first;
+      wait_for(&summed[turn % 2], turn / 2 % 2);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const float* from = sums_of(tile) + lane / QBB_TILE_ROWS * kHalf * kRows * QBB_TILE_ROWS;
+        float sum = 0.0f;
+#pragma unroll
+        for (int v = 0; v < kHalf; ++v) sum += from[(v * kRows + r) * QBB_TILE_ROWS + lane % QBB_TILE_ROWS];
+        sum += __shfl_xor_sync(kAllLanes, sum, QBB_TILE_ROWS);
+        const int out = tile * QBB_TILE_ROWS + lane;
+        if (lane >= QBB_TILE_ROWS || r >= rows.M || out >= w.N) continue;
+        store_y(rows, static_cast<int64_t>(r) * w.N + out, w.bias == nullptr ? sum : sum + w.bias[out]);
+      }
+      __syncwarp();  // all lanes have read the sums
+      if (lane == 0) arrive(&taken[turn % 2]);
+    }
+    return;
+  }
+
   make_planes<kBits, kRows, kBulkWarps * 32>(planes, steps, w, rows, chunks, thread);
   sync_threads(1, kBulkWarps * 32);
+  const PlaceInStage<kBases> place(w, warp, lane);
+  const bool has_offset = w.offset != nullptr;
+  const char* stage = ring;
   Slot slot;
   for (int tile = first; tile < end; ++tile) {
     float sums[kRows][2] = {};
-    for (int step = 0; step < steps_of_tile; ++step) {
-      const int chunk = step * kStageChunks + warp, group = (step * kStageChunks) >> w.group_shift;
-      const char* stage = ring + slot.number * stage_bytes;
-      const auto add = [&](int here) {
-        const int of_group = min((step * kStageChunks + here) >> w.group_shift, w.groups - 1) - group;
-        const Chunk<kBases> weights = take_chunk<kBases>(stage, w, here, of_group, lane);
-        add_chunk_of_planes<kBases, kBits, kRows>(sums, weights, step * kStageChunks + here, planes, steps, chunks, lane);
-      };
-      wait_for(&full[slot.number], slot.parity);
-      if (chunk + kBulkWarps < chunks) {
-        add(warp);
-        add(warp + kBulkWarps);
-      } else if (chunk < chunks) {
-        add(warp);
+    for (int chunk = warp; chunk < steps_of_tile * kStageChunks; chunk += kStageChunks) {
+      if (chunk < chunks) {
+        const PlanesOfChunk<kBits, kRows> x(planes, steps, chunk, chunks, lane, warp);
+        wait_for(&full[slot.number], slot.parity);
+        add_chunk_of_planes<kBases, kBits, kRows>(sums, place.take(stage, has_offset), x, lane);
+        __syncwarp();  // all lanes have read the stage
+      } else {
+        wait_for(&full[slot.number], slot.parity);  // so that no warp is a whole round of stages ahead
       }
-      __syncwarp();  // all lanes have read the stage
       if (lane == 0) arrive(&empty[slot.number]);
+      stage += stage_bytes;
       slot.advance(stages);
+      if (slot.number == 0) stage = ring;
     }
-    float* of_warps = partial + (tile - first) % 2 * (kBulkWarps * kRows * QBB_TILE_ROWS);
+    const int turn = tile - first;
+    if (turn >= 2) wait_for(&taken[turn % 2], turn / 2 % 2 ^ 1);
+    float* of_warp = sums_of(tile) + warp * kRows * QBB_TILE_ROWS;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -176,19 +199,11 @@ __global__ void __launch_bounds__(kBulkThreads, 2) decode_bulk(const Weights w, 
         float v = sums[r][i] * static_cast<float>(2 << (2 * (lane % 4)));
         v += __shfl_xor_sync(kAllLanes, v, 1);
         v += __shfl_xor_sync(kAllLanes, v, 2);
-        if (lane % 4 == 0) of_warps[(warp * kRows + r) * QBB_TILE_ROWS + lane / 4 * 2 + i] = v;
+        if (lane % 4 == 0) of_warp[r * QBB_TILE_ROWS + lane / 4 * 2 + i] = v;
       }
     }
-    sync_threads(1, kBulkWarps * 32);
-    if (warp != (tile - first) % kBulkWarps) continue;  // it stores; the others go on
-    for (int i = lane; i < kRows * QBB_TILE_ROWS; i += 32) {
-      const int out = tile * QBB_TILE_ROWS + i % QBB_TILE_ROWS, r = i / QBB_TILE_ROWS;
-      if (r >= rows.M || out >= w.N) continue;
-      float sum = w.bias == nullptr ? 0.0f : w.bias[out];
-#pragma unroll
-      for (int v = 0; v < kBulkWarps; ++v) sum += of_warps[v * kRows * QBB_TILE_ROWS + i];
-      store_y(rows, static_cast<int64_t>(r) * w.N + out, sum);
-    }
+    __syncwarp();  // all lanes have stored them
+    if (lane == 0) arrive(&summed[turn % 2]);
   }
 #endif
 }

@@ -9,6 +9,9 @@
 
 namespace qbb::cuda {
 
+// What all lanes of a warp have alike, so that the compiler knows it, too: then it takes no vector instructions.
+__device__ __forceinline__ int uniform(int v) { return static_cast<int>(__shfl_sync(kAllLanes, static_cast<uint32_t>(v), 0)); }
+
 constexpr float kSmallest = 1e-30f;  // inputs below it count as 0: the reciprocal of the step has to be finite
 
 __device__ __forceinline__ float load_x(const Rows& rows, int64_t i) {

@@ -37,22 +37,12 @@ constexpr int kWarpgroupArch = 90;
 constexpr int kWarpgroupArch = -1;  // not built
 #endif
 
-// kCluster is right in tests/native, but has not run on a GPU yet; built with -DQBB_CUDA_CLUSTERS=ON it is taken.
-#if QBB_CUDA_90A && QBB_CUDA_CLUSTERS
-constexpr int kClusterArch = kWarpgroupArch;
-#else
-constexpr int kClusterArch = -1;  // not built
-#endif
-
-// kCluster of 16-bit X: so many rows as whole numbers, more as float16.
-constexpr int64_t kClusterBytesRows = 8;
-
 // The first that fits. float16 (bfloat16: all but kPrompt):
 constexpr Rule kHalfRules[] = {
     {80, kAnyArch, false, 1, Path::kDecode, 1},
     {80, kAnyArch, false, 2, Path::kDecode, 2},
     {80, kAnyArch, true, 4, Path::kDecode, 4},
-    {90, kClusterArch, false, 96, Path::kCluster, 0},
+    {90, kWarpgroupArch, false, 64, Path::kCluster, 0},
     {80, kAnyArch, false, 16, Path::kBytes, 0},
     {75, kAnyArch, false, 96, Path::kBatch, 0},
     {90, kWarpgroupArch, false, kAnyRows, Path::kPrompt, 0},
@@ -64,7 +54,7 @@ constexpr Rule kFloatRules[] = {
     {80, kAnyArch, false, 1, Path::kDecode, 1},
     {80, kAnyArch, false, 2, Path::kDecode, 2},
     {80, kAnyArch, true, 4, Path::kDecode, 4},
-    {90, kClusterArch, false, kAnyRows, Path::kCluster, 0},
+    {90, kWarpgroupArch, false, kAnyRows, Path::kCluster, 0},
     {80, kAnyArch, false, kAnyRows, Path::kBytes, 0},
     {75, kAnyArch, false, kAnyRows, Path::kGeneral, 1},
 };
@@ -75,7 +65,7 @@ constexpr int kClusterRows[] = {8, 16, 32, 64};
 constexpr int kClusterBlocks[] = {1, 2, 4, 8};
 constexpr double cluster_cost(int64_t rounds, int64_t sets, int64_t chunks, int rows) {
   return static_cast<double>(rounds) *
-         (static_cast<double>(sets) * (static_cast<double>(chunks) * (rows < 64 ? 1.0 : 1.2) + 0.5) +
+         (static_cast<double>(sets) * (static_cast<double>(chunks) * (rows < 64 ? 1.0 : 1.2) + (rows <= 16 ? 4.0 : 1.5)) +
           static_cast<double>(chunks) * rows / 24);
 }
 

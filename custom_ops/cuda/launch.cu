@@ -90,7 +90,7 @@ struct Cluster {
 
 template <class How, int kBases>
 Cluster cluster_variant() {
-#if QBB_CUDA_90A && QBB_CUDA_CLUSTERS
+#if QBB_CUDA_90A
   using Plan = UsualPlan<How::kTokens, kBases>;
   return Cluster{cluster<How, kBases, Plan>, Plan::kThreads, ClusterMemory<How, kBases, Plan>::bytes, cluster_block<Plan>};
 #else
@@ -98,30 +98,28 @@ Cluster cluster_variant() {
 #endif
 }
 
+template <int kBases, bool kBrain>
+Cluster halves_variant(int rows) {
+  return rows == 8    ? cluster_variant<HalfProducts<8, kBrain>, kBases>()
+         : rows == 16 ? cluster_variant<HalfProducts<16, kBrain>, kBases>()
+         : rows == 32 ? cluster_variant<HalfProducts<32, kBrain>, kBases>()
+                      : cluster_variant<HalfProducts<64, kBrain>, kBases>();
+}
+
 template <int kBases>
-Cluster cluster_variant(Type type, int rows, bool bytes) {
-  if (type == kFloat32) {
-    return rows == 8 ? cluster_variant<ByteProducts<8, true>, kBases>() : cluster_variant<ByteProducts<16, true>, kBases>();
-  }
-  if (bytes) return cluster_variant<ByteProducts<8, false>, kBases>();
-  if (type == kFloat16) {
-    return rows == 16   ? cluster_variant<HalfProducts<16, false>, kBases>()
-           : rows == 32 ? cluster_variant<HalfProducts<32, false>, kBases>()
-                        : cluster_variant<HalfProducts<64, false>, kBases>();
-  }
-  return rows == 16   ? cluster_variant<HalfProducts<16, true>, kBases>()
-         : rows == 32 ? cluster_variant<HalfProducts<32, true>, kBases>()
-                      : cluster_variant<HalfProducts<64, true>, kBases>();
+Cluster cluster_variant(Type type, int rows) {
+  if (type == kFloat16) return halves_variant<kBases, false>(rows);
+  if (type == kBFloat16) return halves_variant<kBases, true>(rows);
+  return rows == 8 ? cluster_variant<ByteProducts<8, true>, kBases>() : cluster_variant<ByteProducts<16, true>, kBases>();
 }
 
 // `rows`: one of kClusterRows; up to 16 for float32.
 Cluster cluster_variant(int bases, Type type, int rows) {
-  const bool bytes = rows <= kClusterBytesRows;
   switch (bases) {
-    case 1: return cluster_variant<1>(type, rows, bytes);
-    case 2: return cluster_variant<2>(type, rows, bytes);
-    case 3: return cluster_variant<3>(type, rows, bytes);
-    default: return cluster_variant<4>(type, rows, bytes);
+    case 1: return cluster_variant<1>(type, rows);
+    case 2: return cluster_variant<2>(type, rows);
+    case 3: return cluster_variant<3>(type, rows);
+    default: return cluster_variant<4>(type, rows);
   }
 }
 
@@ -250,7 +248,6 @@ cudaError_t reserve(const Weights& w, const Device& device) {
   if (device.arch != kWarpgroupArch) return cudaSuccess;
   for (const Type type : {kFloat16, kBFloat16, kFloat32}) {
     for (const int rows : kClusterRows) {
-      if (device.arch != kClusterArch) break;
       const cudaError_t status = allow(cluster_variant(w.bases, type, rows).kernel, most);
       if (status != cudaSuccess) return status;
     }
@@ -260,7 +257,7 @@ cudaError_t reserve(const Weights& w, const Device& device) {
 }
 
 cudaError_t count_clusters(Device& device) {
-  if (device.arch != kClusterArch) return cudaSuccess;
+  if (device.arch != kWarpgroupArch) return cudaSuccess;
   const Cluster variant = cluster_variant(1, kFloat16, kClusterRows[0]);
   const auto memory = static_cast<size_t>(device.shared_memory);
   cudaError_t status = allow(variant.kernel, memory);
@@ -299,8 +296,7 @@ cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, 
       if (stages >= kFewestStages) {
         Rows staged = part;
         staged.block = stages;
-        const int blocks = bulk_blocks(w.words, tiles, stages, device.multiprocessors);
-        status = start(bulk_kernel(w.bases, bits, rule.step), dim3(blocks), kBulkThreads,
+        status = start(bulk_kernel(w.bases, bits, rule.step), dim3(std::min(tiles, device.multiprocessors)), kBulkThreads,
                        bulk_memory(w.words, w.bases, offset, bits, rule.step, stages), w, staged, device, stream);
         if (status != cudaSuccess) return status;
         continue;

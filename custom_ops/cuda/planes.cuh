@@ -118,35 +118,31 @@ __device__ __forceinline__ Planes to_planes(float4 v, int lane) {
 // lanes that make planes of eight chunks write to different banks.
 __device__ __forceinline__ int place_of_plane(int lane, int chunk) { return lane ^ ((chunk & 7) << 2); }
 
-// A word's inputs k .. k + 32 of a row, 0 where there are none.
-__device__ __forceinline__ void load_inputs(float (&v)[QBB_WORD_BITS], const Rows& rows, int row, int k, int K,
-                                            bool aligned) {
-  if (row >= rows.M || k >= K) {
-#pragma unroll
-    for (int i = 0; i < QBB_WORD_BITS; ++i) v[i] = 0.0f;
-    return;
-  }
+// A thread makes the planes of 16 inputs: a half of a word, bits 16p .. 16p + 16, which are the inputs of input_of_bit.
+constexpr int kHalfWord = 16;
+__device__ __forceinline__ constexpr int input_of_half(int bit) { return 4 * (bit / 8) + bit % 4 + (bit % 8 < 4 ? 0 : 8); }
+
+// Inputs k .. k + 8 and k + 16 .. k + 24 of a row, 0 where there are none.
+__device__ __forceinline__ void load_inputs(float (&v)[kHalfWord], const Rows& rows, int row, int k, int K, bool aligned) {
   const int64_t at = static_cast<int64_t>(row) * K + k;
-  if (!aligned || k + QBB_WORD_BITS > K) {
+  if (row >= rows.M || !aligned || k + kHalfWord + kHalfWord / 2 > K) {
 #pragma unroll
-    for (int i = 0; i < QBB_WORD_BITS; ++i) v[i] = k + i < K ? load_x(rows, at + i) : 0.0f;
+    for (int i = 0; i < kHalfWord; ++i) v[i] = row < rows.M && k + i + i / 8 * 8 < K ? load_x(rows, at + i + i / 8 * 8) : 0.0f;
     return;
   }
   if (rows.type == kFloat32) {
     const auto* from = reinterpret_cast<const float4*>(static_cast<const float*>(rows.x) + at);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float4 four = from[i];
+    for (int i = 0; i < 4; ++i) {
+      const float4 four = from[i + i / 2 * 2];
       v[4 * i] = four.x, v[4 * i + 1] = four.y, v[4 * i + 2] = four.z, v[4 * i + 3] = four.w;
     }
     return;
   }
   const auto* from = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(rows.x) + at);
-  uint4 raw[4];
+  const uint4 raw[2] = {from[0], from[2]};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) raw[i] = from[i];
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < 8; ++i) {
     const uint4& eight = raw[i / 4];
     const uint32_t two = i % 4 == 0 ? eight.x : i % 4 == 1 ? eight.y : i % 4 == 2 ? eight.z : eight.w;
     const float2 pair = rows.type == kFloat16
@@ -156,20 +152,16 @@ __device__ __forceinline__ void load_inputs(float (&v)[QBB_WORD_BITS], const Row
   }
 }
 
-// 32 whole numbers of 16 bits, two in a register (input_of_bit(i), and 8 more, in the i-th), to 16 planes of 32 bits: a
-// transposition of 16 by 16 bits in each half, by exchanges at distances 8, 4, 2, 1 (Hacker's Delight, 7-3).
-__device__ __forceinline__ void transpose(uint32_t (&r)[16]) {
+// 16 whole numbers of 16 bits, two in a register (i and i + 8 in the i-th), to 16 planes of 16 bits, two in a register
+// likewise: exchanges at distances 8, 4, 2, 1 (Hacker's Delight, 7-3).
+__device__ __forceinline__ void transpose(uint32_t (&r)[8]) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const uint32_t a = r[i], b = r[i + 8];
-    r[i] = __byte_perm(a, b, 0x6240);
-    r[i + 8] = __byte_perm(a, b, 0x7351);
-  }
+  for (int i = 0; i < 8; ++i) r[i] = __byte_perm(r[i], 0, 0x3120);
 #pragma unroll
   for (int step = 4; step > 0; step /= 2) {
     const uint32_t mask = step == 4 ? 0x0f0f0f0fu : step == 2 ? 0x33333333u : 0x55555555u;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < 8; ++i) {
       if (i & step) continue;
       const uint32_t a = r[i], b = r[i + step];
       r[i] = (a & mask) | ((b << step) & ~mask);
@@ -179,46 +171,50 @@ __device__ __forceinline__ void transpose(uint32_t (&r)[16]) {
 }
 
 // Planes of all of X as count_shared_bits wants them, [kRows][chunks][kBits / 8][32] with place_of_plane, and for each chunk
-// of each row its step and half of its inputs' total. Made by the first kThreads threads; a thread makes a word at a time,
-// four neighbours a chunk.
+// of each row its step and half of its inputs' total. Made by the first kThreads threads; eight neighbours make a chunk.
 template <int kBits, int kRows, int kThreads>
 __device__ __forceinline__ void make_planes(uint32_t* planes, float2* steps, const Weights& w, const Rows& rows,
                                             int chunks, int thread) {
-  constexpr int kTiles = kBits / 8;
+  constexpr int kTiles = kBits / 8, kParts = 2 * kChunkWords;
   constexpr float kLargest = kBits == 8 ? 127.0f : 32767.0f;
   constexpr float kMagic = 12582912.0f;  // 1.5·2^23: a sum with it has the rounded number in its last bits
   const bool aligned = w.K % (rows.type == kFloat32 ? 4 : 8) == 0 && reinterpret_cast<uintptr_t>(rows.x) % 16 == 0;
-  const int items = kRows * chunks * kChunkWords;
+  const int items = kRows * chunks * kParts;
   for (int first = 0; first < items; first += kThreads) {
     if (first + thread / 32 * 32 >= items) break;  // the whole warp
-    const int item = first + thread, place = item / kChunkWords, word = item % kChunkWords;
+    const int item = first + thread, place = item / kParts, word = item % kParts / 2, part = item % 2;
     const int row = kRows == 1 ? 0 : place / chunks, chunk = kRows == 1 ? place : place % chunks;
-    float v[QBB_WORD_BITS];
-    load_inputs(v, rows, item < items ? row : rows.M, (chunk * kChunkWords + word) * QBB_WORD_BITS, w.K, aligned);
+    float v[kHalfWord];
+    const int k = (chunk * kChunkWords + word) * QBB_WORD_BITS + part * (kHalfWord / 2);
+    load_inputs(v, rows, item < items ? row : rows.M, k, w.K, aligned);
     float m = 0.0f;
 #pragma unroll
-    for (int i = 0; i < QBB_WORD_BITS; ++i) m = fmaxf(m, fabsf(v[i]));
-    m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 1));
-    m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 2));
-    const bool some = m > kSmallest;
-    const float inverse = some ? kLargest / m : 0.0f;
-    uint32_t total = 0, r[16];
+    for (int i = 0; i < kHalfWord; ++i) m = fmaxf(m, fabsf(v[i]));
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const uint32_t a = __float_as_uint(fmaf(v[input_of_bit(i)], inverse, kMagic));
-      const uint32_t b = __float_as_uint(fmaf(v[input_of_bit(i + 16)], inverse, kMagic));
+    for (int other = 1; other < kParts; other *= 2) m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, other));
+    const float inverse = m > kSmallest ? kLargest / m : 0.0f;
+    uint32_t total = 0, r[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t a = __float_as_uint(fmaf(v[input_of_half(i)], inverse, kMagic));
+      const uint32_t b = __float_as_uint(fmaf(v[input_of_half(i + 8)], inverse, kMagic));
       total += a + b;
       r[i] = __byte_perm(a, b, 0x5410);
     }
-    total -= QBB_WORD_BITS * __float_as_uint(kMagic);
-    total += __shfl_xor_sync(kAllLanes, total, 1);
-    total += __shfl_xor_sync(kAllLanes, total, 2);
+    total -= kHalfWord * __float_as_uint(kMagic);
+#pragma unroll
+    for (int other = 1; other < kParts; other *= 2) total += __shfl_xor_sync(kAllLanes, total, other);
     transpose(r);
     if (item >= items) continue;
-    uint32_t* to = planes + place * kTiles * 32;
 #pragma unroll
-    for (int i = 0; i < kBits; ++i) to[i / 8 * 32 + place_of_plane(i % 8 * 4 + word, chunk)] = r[i];
-    if (word == 0) steps[place] = make_float2(some ? m / kLargest : 0.0f, 0.5f * static_cast<float>(static_cast<int>(total)));
+    for (int i = 0; i < 8; ++i) {
+      auto* to = reinterpret_cast<uint16_t*>(planes + place * kTiles * 32 + place_of_plane(i * 4 + word, chunk)) + part;
+      to[0] = static_cast<uint16_t>(r[i]);
+      if constexpr (kTiles == 2) to[64] = static_cast<uint16_t>(r[i] >> 16);
+    }
+    if (item % kParts == 0) {
+      steps[place] = make_float2(m > kSmallest ? m * (1.0f / kLargest) : 0.0f, 0.5f * static_cast<float>(static_cast<int>(total)));
+    }
   }
 }
 
@@ -228,31 +224,45 @@ __device__ __forceinline__ int weigh(int c0, int c1, int d0, int d1, int last) {
   return c0 + 2 * c1 + 256 * d0 + 256 * last * d1;
 }
 
+// What a lane needs of X's planes for one chunk.
+template <int kBits, int kRows>
+struct PlanesOfChunk {
+  static constexpr int kTiles = kBits / 8;  // of eight planes
+  uint32_t planes[kRows][kTiles];
+  float2 step[kRows];  // with half of the inputs' total
+
+  // `turn`: the chunk's number, or another one that is the same modulo 8.
+  __device__ __forceinline__ PlanesOfChunk(const uint32_t* all, const float2* steps, int chunk, int chunks, int lane,
+                                           int turn) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int place = r * chunks + chunk;
+      step[r] = steps[place];
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) planes[r][i] = all[(place * kTiles + i) * 32 + place_of_plane(lane, turn)];
+    }
+  }
+};
+
 // One chunk of a tile times up to kRows rows of X, added to `sums` (rows 2g and 2g + 1 of the tile) in units of 4^t / 2.
 template <int kBases, int kBits, int kRows>
-__device__ __forceinline__ void add_chunk_of_planes(float (&sums)[kRows][2], const Chunk<kBases>& weights, int chunk,
-                                                    const uint32_t* planes, const float2* steps, int chunks, int lane) {
-  constexpr int kTiles = kBits / 8;  // of eight planes
+__device__ __forceinline__ void add_chunk_of_planes(float (&sums)[kRows][2], const Chunk<kBases>& weights,
+                                                    const PlanesOfChunk<kBits, kRows>& x, int lane) {
   const int t = lane % 4, sign = t == 3 ? -2 : 2;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const int place = r * chunks + chunk;
-    const float2 step = steps[place];  // with half of the inputs' total
-    const float half_total = t == 0 ? step.y : 0.0f;
-    uint32_t x[kTiles];
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) x[i] = planes[(place * kTiles + i) * 32 + place_of_plane(lane, chunk)];
-    float part[2] = {0.0f, 0.0f};
+    const float half_total = t == 0 ? x.step[r].y : 0.0f;
+    float part[2] = {weights.offset.x * half_total, weights.offset.y * half_total};
 #pragma unroll
     for (int b = 0; b < kBases; ++b) {
       int c[4], d[4];
-      count_shared_bits(c, weights.words[b].x, weights.words[b].y, x[0]);
+      count_shared_bits(c, weights.words[b].x, weights.words[b].y, x.planes[r][0]);
       int first, second;
-      if constexpr (kTiles == 1) {
+      if constexpr (kBits == 8) {
         first = weigh(c[0], c[1], sign);
         second = weigh(c[2], c[3], sign);
       } else {
-        count_shared_bits(d, weights.words[b].x, weights.words[b].y, x[1]);
+        count_shared_bits(d, weights.words[b].x, weights.words[b].y, x.planes[r][1]);
         first = weigh(c[0], c[1], d[0], d[1], sign);
         second = weigh(c[2], c[3], d[2], d[3], sign);
       }
@@ -260,10 +270,8 @@ __device__ __forceinline__ void add_chunk_of_planes(float (&sums)[kRows][2], con
       part[0] = fmaf(scale.x, static_cast<float>(first) - half_total, part[0]);
       part[1] = fmaf(scale.y, static_cast<float>(second) - half_total, part[1]);
     }
-    part[0] = fmaf(weights.offset.x, half_total, part[0]);
-    part[1] = fmaf(weights.offset.y, half_total, part[1]);
-    sums[r][0] = fmaf(step.x, part[0], sums[r][0]);
-    sums[r][1] = fmaf(step.x, part[1], sums[r][1]);
+    sums[r][0] = fmaf(x.step[r].x, part[0], sums[r][0]);
+    sums[r][1] = fmaf(x.step[r].x, part[1], sums[r][1]);
   }
 }
 

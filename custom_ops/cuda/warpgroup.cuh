@@ -48,7 +48,7 @@ __device__ __forceinline__ int cluster_size() {
 }
 
 // All threads of the cluster's blocks say that they are there; each waits for all others before it needs one.
-__device__ __forceinline__ void enter_cluster() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void enter_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // Where another block of the cluster has what this one has at `p`.
@@ -58,26 +58,12 @@ __device__ __forceinline__ uint32_t address_in_block(const void* p, int rank) {
   return address;
 }
 
-__device__ __forceinline__ void store_in_block(uint32_t address, float4 v) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+// Stores to a block of the cluster, and tells its barrier of 16 bytes that came. Stores with a release and an acquire would wait
+// for all other memory operations of the thread, as far as the GPU's memory.
+__device__ __forceinline__ void store_in_block(uint32_t address, float4 v, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+               "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
                : "memory");
-}
-
-// What this thread knows to be stored can be read by those who wait with wait_for_blocks.
-__device__ __forceinline__ void arrive_in_block(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void wait_for_blocks(uint64_t* barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
 }
 
 // Rows of X of 128 bytes, in shared memory with the 128-byte swizzle: what the product wants to know of them.

@@ -13,6 +13,8 @@ inline uint32_t shared_address(const void* p) {
 inline void init_barrier(uint64_t* barrier, int count) { emulate::state().barriers[barrier] = emulate::Barrier{count}; }
 inline void show_barriers() {}
 
+inline bool elect_lane() { return emulate::lane() == 0; }
+
 inline void arrive(uint64_t* barrier) {
   emulate::Barrier& b = emulate::state().barriers.at(barrier);
   ++b.arrived;

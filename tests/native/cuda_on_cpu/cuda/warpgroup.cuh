@@ -23,9 +23,16 @@ inline uint32_t address_in_block(const void* p, int rank) {
 inline char* place_in_cluster(uint32_t address) {
   return emulate::state().cluster[address >> 24].memory_start + (address & 0xffffffu);
 }
-inline void store_in_block(uint32_t address, float4 v) { std::memcpy(place_in_cluster(address), &v, sizeof v); }
-inline void arrive_in_block(uint32_t barrier) { arrive(reinterpret_cast<uint64_t*>(place_in_cluster(barrier))); }
-inline void wait_for_blocks(uint64_t* barrier, int parity) { wait_for(barrier, parity); }
+inline void store_in_block(uint32_t address, float4 v, uint32_t barrier) {
+  char* to = place_in_cluster(address);
+  auto* told = reinterpret_cast<uint64_t*>(place_in_cluster(barrier));
+  emulate::state().barriers.at(told).copies.push_back([=] {
+    std::memcpy(to, &v, sizeof v);
+    emulate::Barrier& b = emulate::state().barriers.at(told);
+    b.bytes -= sizeof v;
+    b.end_phase();
+  });
+}
 
 // Copies happen when they are waited for, not before: that is what a kernel may count on.
 struct Copy {
