@@ -59,23 +59,19 @@ void add_variants(std::vector<Variant>& v) {
   v.push_back({"old halves64", batch<Halves<false>, kBases, 8>, kBases, 64, kBatchWarps * 32, 2, nullptr, nullptr});
   v.push_back({"prompt128", prompt<kBases, 128>, kBases, 128, kPromptThreads, 4, nullptr, nullptr});
   v.push_back(cluster_of<ByteProducts<8, false>, kBases, 2, 8, 2, 1>("bytes"));
-  v.push_back(cluster_of<ByteProducts<8, false>, kBases, 2, 5, 4, 1>("bytes"));
-  v.push_back(cluster_of<ByteProducts<8, false>, kBases, 3, 6, 4, 1>("bytes"));
-  v.push_back(cluster_of<ByteProducts<8, false>, kBases, 2, 3, 8, 1>("bytes"));
-  v.push_back(cluster_of<HalfProducts<8, false>, kBases, 2, 8, 2, 1>("halfs"));
-  v.push_back(cluster_of<HalfProducts<8, false>, kBases, 2, 5, 4, 1>("halfs"));
-  v.push_back(cluster_of<HalfProducts<8, false>, kBases, 3, 6, 4, 1>("halfs"));
-  v.push_back(cluster_of<HalfProducts<8, false>, kBases, 2, 3, 8, 1>("halfs"));
-  v.push_back(cluster_of<ByteProducts<16, false>, kBases, 2, 8, 2, 1>("bytes"));
-  v.push_back(cluster_of<ByteProducts<16, false>, kBases, 2, 5, 4, 1>("bytes"));
-  v.push_back(cluster_of<HalfProducts<16, false>, kBases, 2, 8, 2, 1>("halfs"));
-  v.push_back(cluster_of<HalfProducts<16, false>, kBases, 2, 5, 4, 1>("halfs"));
-  v.push_back(cluster_of<HalfProducts<16, false>, kBases, 3, 6, 4, 1>("halfs"));
-  v.push_back(cluster_of<HalfProducts<32, false>, kBases, 2, 6, 2, 1>("halfs"));
-  v.push_back(cluster_of<HalfProducts<32, false>, kBases, 2, 4, 4, 1>("halfs"));
-  v.push_back(cluster_of<HalfProducts<64, false>, kBases, 2, 3, 2, 1>("halfs"));
-  v.push_back(cluster_of<HalfProducts<64, false>, kBases, 1, 3, 4, 1>("halfs"));
-  v.push_back(cluster_of<HalfProducts<64, false>, kBases, 2, 2, 4, 1>("halfs"));
+  v.push_back(cluster_of<ByteProducts<8, false>, kBases, 2, 6, 4, 1>("bytes"));
+  v.push_back(cluster_of<HalfProducts<8, false>, kBases, 2, 8, 2, 1>("halves"));
+  v.push_back(cluster_of<HalfProducts<8, false>, kBases, 2, 6, 4, 1>("halves"));
+  v.push_back(cluster_of<HalfProducts<8, false>, kBases, 3, 6, 4, 1>("halves"));
+  v.push_back(cluster_of<HalfProducts<8, false>, kBases, 2, 4, 8, 1>("halves"));
+  v.push_back(cluster_of<ByteProducts<16, false>, kBases, 2, 6, 4, 1>("bytes"));
+  v.push_back(cluster_of<HalfProducts<16, false>, kBases, 2, 8, 2, 1>("halves"));
+  v.push_back(cluster_of<HalfProducts<16, false>, kBases, 2, 6, 4, 1>("halves"));
+  v.push_back(cluster_of<HalfProducts<16, false>, kBases, 3, 6, 4, 1>("halves"));
+  v.push_back(cluster_of<HalfProducts<32, false>, kBases, 2, 8, 2, 1>("halves"));
+  v.push_back(cluster_of<HalfProducts<32, false>, kBases, 2, 4, 4, 1>("halves"));
+  v.push_back(cluster_of<HalfProducts<64, false>, kBases, 2, 4, 2, 1>("halves"));
+  v.push_back(cluster_of<HalfProducts<64, false>, kBases, 1, 4, 2, 1>("halves"));
 }
 
 __device__ uint32_t hash_of(uint64_t i) {

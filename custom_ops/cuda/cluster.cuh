@@ -11,7 +11,7 @@
 namespace qbb::cuda {
 
 // float16 scales; groups that are 2^n chunks, or whole rows. How: ByteProducts or HalfProducts. Blocks: any number of
-// clusters of 1, 2, 4 or 8; rows.block: cluster_block().
+// clusters of 2, 4 or 8; rows.block: cluster_block().
 template <class How, int kBases, class Plan>
 __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks) cluster(const Weights w, const Rows rows) {
 #if QBB_WARPGROUP_PRODUCTS

@@ -21,13 +21,15 @@ struct ClusterPlan {
   static constexpr int kEqual = 65536 / kBlocks / kThreads / 8 * 8, kFew = kBlocks == 1 ? 56 : 32;
   static constexpr int kMany = (kEqual * kThreads - kFew * kWarpgroupThreads) / kMultiply / 8 * 8;
   static constexpr bool kExchange = kEqual < kMany && kMany <= 240;
-  static_assert(kPiece % 2 == 0 && kWarpgroups <= kStages, "");
+  // A warpgroup that has a stage has it every time: it must not ask for one whose last copy somebody else waits for.
+  static_assert(kPiece % 2 == 0 && kStages % kWarpgroups == 0, "");
 };
 
 // For `cluster` as it is launched: as many stages as leave room for X.
 template <int kTokens, int kBases>
-using UsualPlan = std::conditional_t<(kTokens <= 16), ClusterPlan<3, kBases < 4 ? 5 : 4, 4, 1>,
-                                     ClusterPlan<2, kTokens < 64 ? 8 : kBases < 4 ? 4 : 3, 2, 1>>;
+using UsualPlan = std::conditional_t<(kTokens <= 16), ClusterPlan<2, kBases < 4 ? 6 : 4, 4, 1>,
+                                     std::conditional_t<(kTokens < 64), ClusterPlan<2, 8, 2, 1>,
+                                                        ClusterPlan<kBases < 4 ? 2 : 1, 4, 2, 1>>>;
 
 // Where things are, in bytes: stages; sums of all warpgroups of the cluster, twice; levels of each warp; barriers; X
 // [chunks of a block][...], see cluster_products.cuh; numbers [chunks][kTokens] of X, if any. A stage: words
@@ -89,9 +91,10 @@ struct TileCopy {
 #pragma unroll
     for (int b = 0; b < kBases; ++b) {
       const int place = b * kClusterTiles + tile;
-      copy_bulk(to + place * Memory::kTileWords, words + b * w.plane_bytes + first * (kChunkWords * kWordBytes), word_bytes, full);
-      copy_bulk(to + Memory::kScales + place * Memory::kTileScales, scales + b * w.scale_bytes + group * kScaleBytes, scale_bytes,
-                full);
+      const char* from = words + b * w.plane_bytes + first * (kChunkWords * kWordBytes);
+      copy_bulk(to + place * Memory::kTileWords, from, word_bytes, full);
+      from = scales + b * w.scale_bytes + group * kScaleBytes;
+      copy_bulk(to + Memory::kScales + place * Memory::kTileScales, from, scale_bytes, full);
     }
     if (offset_bytes == 0) return;
     copy_bulk(to + Memory::kOffsets + tile * Memory::kTileOffsets, offsets + group * kOffsetBytes, offset_bytes, full);

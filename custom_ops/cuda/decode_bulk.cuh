@@ -124,8 +124,8 @@ __global__ void __launch_bounds__(kBulkThreads, 2) decode_bulk(const Weights w, 
       init_barrier(&empty[s], kBulkWarps);
     }
     for (int i = 0; i < 2; ++i) {
-      init_barrier(&summed[i], kBulkWarps);
-      init_barrier(&taken[i], 1);
+      init_barrier(&summed[i], kBulkWarps * 8);  // all that store sums
+      init_barrier(&taken[i], 32);               // all that read them
     }
     show_barriers();
   }
@@ -161,8 +161,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2) decode_bulk(const Weights w, 
         if (lane >= QBB_TILE_ROWS || r >= rows.M || out >= w.N) continue;
         store_y(rows, static_cast<int64_t>(r) * w.N + out, w.bias == nullptr ? sum : sum + w.bias[out]);
       }
-      __syncwarp();  // all lanes have read the sums
-      if (lane == 0) arrive(&taken[turn % 2]);
+      arrive(&taken[turn % 2]);
     }
     return;
   }
@@ -202,8 +201,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2) decode_bulk(const Weights w, 
         if (lane % 4 == 0) of_warp[r * QBB_TILE_ROWS + lane / 4 * 2 + i] = v;
       }
     }
-    __syncwarp();  // all lanes have stored them
-    if (lane == 0) arrive(&summed[turn % 2]);
+    if (lane % 4 == 0) arrive(&summed[turn % 2]);
   }
 #endif
 }

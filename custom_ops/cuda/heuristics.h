@@ -62,7 +62,7 @@ constexpr Rule kFloatRules[] = {
 // Rows of X and blocks of a cluster that kCluster may take, and about how long a launch takes, in units of the work on 128
 // inputs of 64 outputs: making weights, which costs more where there are many products, summing up, and preparing X.
 constexpr int kClusterRows[] = {8, 16, 32, 64};
-constexpr int kClusterBlocks[] = {1, 2, 4, 8};
+constexpr int kClusterBlocks[] = {2, 4, 8};  // not 1: a block cannot send sums to itself alone
 constexpr double cluster_cost(int64_t rounds, int64_t sets, int64_t chunks, int rows) {
   return static_cast<double>(rounds) *
          (static_cast<double>(sets) * (static_cast<double>(chunks) * (rows < 64 ? 1.0 : 1.2) + (rows <= 16 ? 4.0 : 1.5)) +

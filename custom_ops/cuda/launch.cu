@@ -151,7 +151,7 @@ ClusterShape cluster_shape(const Weights& w, Type type, int64_t M, const Device&
 }
 
 cudaError_t start(Kernel kernel, dim3 grid, int threads, size_t memory, const Weights& w, const Rows& rows,
-                  const Device& device, cudaStream_t stream, int cluster = 1) {
+                  const Device& device, cudaStream_t stream, int cluster = 0) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
@@ -165,7 +165,7 @@ cudaError_t start(Kernel kernel, dim3 grid, int threads, size_t memory, const We
   attributes[1].val.clusterDim.x = static_cast<unsigned>(cluster);
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   config.attrs = attributes;
-  config.numAttrs = device.arch < 90 ? 0 : cluster == 1 ? 1 : 2;
+  config.numAttrs = device.arch < 90 ? 0 : cluster == 0 ? 1 : 2;
   return cudaLaunchKernelEx(&config, kernel, w, rows);
 }
 

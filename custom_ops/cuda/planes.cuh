@@ -213,7 +213,8 @@ __device__ __forceinline__ void make_planes(uint32_t* planes, float2* steps, con
       if constexpr (kTiles == 2) to[64] = static_cast<uint16_t>(r[i] >> 16);
     }
     if (item % kParts == 0) {
-      steps[place] = make_float2(m > kSmallest ? m * (1.0f / kLargest) : 0.0f, 0.5f * static_cast<float>(static_cast<int>(total)));
+      const float half = 0.5f * static_cast<float>(static_cast<int>(total));
+      steps[place] = make_float2(m > kSmallest ? m * (1.0f / kLargest) : 0.0f, half);
     }
   }
 }

@@ -61,7 +61,8 @@ struct WeightsCopy {
 
   __device__ __forceinline__ void start(char* to, const Weights& w, int chunk) const {
     // Past the last word some word is copied: X is 0 there.
-    const auto at = static_cast<uint32_t>(min(chunk * kChunkWords * static_cast<int>(kRow) + in_chunk, w.tile_bytes - static_cast<int>(kRow)));
+    constexpr int kStep = kRow;
+    const auto at = static_cast<uint32_t>(min(chunk * kChunkWords * kStep + in_chunk, w.tile_bytes - kStep));
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const char* from = words[i] + at;

@@ -175,7 +175,7 @@ def test_bytes(library: ctypes.CDLL, bases: int) -> None:
 def test_cluster(library: ctypes.CDLL, bases: int) -> None:
     """Blocks without chunks of their own, pieces that end early, groups across pieces, several sets, rounds of rows."""
     rng = np.random.default_rng(bases)
-    cases = itertools.cycle(((1, 1), (2, 3), (4, 2), (8, 1)))  # blocks of a cluster, and clusters
+    cases = itertools.cycle(((2, 1), (2, 3), (4, 2), (8, 1)))  # blocks of a cluster, and clusters
     shapes = ((128, 16, 128), (301, 40, 301), (1160, 33, 256), (1408, 200, 128))
     for (K, N, group), (path, rows) in itertools.product(
         shapes, ((CLUSTER_BYTES, 8), (CLUSTER_BYTES, 16), (CLUSTER_HALVES, 8), (CLUSTER_HALVES, 32))

@@ -65,15 +65,15 @@ extern "C" int run_on_cpu(int path, int option, int blocks, const Weights* w, co
     if (path == 5 && rows->type == kFloat32) pick_cluster(ByteProducts<8, true>{}, ClusterPlan<2, 4, 2, 1>{});
     if (path == 5 && rows->type != kFloat32) {
       if (option % 100 == 8) pick_cluster(ByteProducts<8, false>{}, ClusterPlan<1, 2, 4, 1>{});
-      if (option % 100 == 16) pick_cluster(ByteProducts<16, false>{}, ClusterPlan<3, 5, 2, 1>{});
+      if (option % 100 == 16) pick_cluster(ByteProducts<16, false>{}, ClusterPlan<3, 6, 2, 1>{});
     }
     if (path == 6 && rows->type == kFloat16) {
-      if (option % 100 == 8) pick_cluster(HalfProducts<8, false>{}, ClusterPlan<2, 3, 2, 1>{});
-      if (option % 100 == 32) pick_cluster(HalfProducts<32, false>{}, ClusterPlan<3, 5, 4, 1>{});
+      if (option % 100 == 8) pick_cluster(HalfProducts<8, false>{}, ClusterPlan<2, 4, 2, 1>{});
+      if (option % 100 == 32) pick_cluster(HalfProducts<32, false>{}, ClusterPlan<3, 3, 4, 1>{});
     }
     if (path == 6 && rows->type == kBFloat16) {
       if (option % 100 == 8) pick_cluster(HalfProducts<8, true>{}, ClusterPlan<1, 2, 2, 1>{});
-      if (option % 100 == 32) pick_cluster(HalfProducts<32, true>{}, ClusterPlan<2, 5, 4, 1>{});
+      if (option % 100 == 32) pick_cluster(HalfProducts<32, true>{}, ClusterPlan<2, 6, 4, 1>{});
     }
     if (path == 0) kernel = decode_of<kBases>(option / 100, option % 100);
     if (path == 7) kernel = bulk_of<kBases>(option / 100, option % 100);
