@@ -102,9 +102,15 @@ struct PlaceInStage {
   }
 };
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kBulkBlocks = 1;  // nothing is in it there
+#else
+constexpr int kBulkBlocks = 2;  // that fit a multiprocessor
+#endif
+
 // float16 scales; groups that are 2^n chunks, or whole rows; rows.M <= kRows; rows.block stages.
 template <int kBases, int kBits, int kRows>
-__global__ void __launch_bounds__(kBulkThreads, 2) decode_bulk(const Weights w, const Rows rows) {
+__global__ void __launch_bounds__(kBulkThreads, kBulkBlocks) decode_bulk(const Weights w, const Rows rows) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   let_next_kernel_start();
   const int thread = static_cast<int>(threadIdx.x), warp = uniform(thread / 32), lane = thread % 32;
