@@ -71,7 +71,7 @@ def launches(spec: Spec, *, cuda: bool) -> tuple[Launch, ...]:
         return replace(many, rows=1), replace(many, rows=2), replace(many, rows=4), many
     # More blocks than a large GPU has multiprocessors, if there are enough tiles. A lane's registers hold the rest.
     tiles = 4 if spec.tiles >= 1024 else 2 if spec.tiles >= 512 else 1
-    warps = max(1, min(16 if tiles == 1 else 8, -(-spec.words // 8)))
+    warps = max(1, min(8, -(-spec.words // 8)))
     one = Launch(1, tiles, warps, look_up=True)
     return one, replace(one, rows=2), replace(one, rows=4, tiles=min(tiles, 2)), many
 
