@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 import timing
+from qbb_export.runtimes.genai import open_folder
 
 # What a folder may be opened with: modes of our operator, and the builder's 4 bits on ONNX Runtime's other kernels.
 MODES: dict[str, dict[str, str]] = {
@@ -72,16 +73,10 @@ class Talker:
     """A folder, open in onnxruntime-genai."""
 
     def __init__(self, folder: Path, mode: str, options: argparse.Namespace) -> None:
-        import onnxruntime_genai as genai
-
         self.folder, self.mode = folder, mode
         self._length = options.prompt + options.new + 2
         entries = {"intra_op_num_threads": options.threads, "session.force_spinning_stop": "1", **MODES[mode]}
-        config = genai.Config(str(folder))
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": entries}}}))
-        if options.graph:
-            config.set_provider_option("cuda", "enable_cuda_graph", "1")
-        self._model = genai.Model(config)
+        self._model = open_folder(folder, entries, {"enable_cuda_graph": "1"} if options.graph else None)
 
     def answer(self, prompt: list[int], new: int) -> tuple[float, list[float]]:
         """Seconds of the prompt, and of each token after it."""

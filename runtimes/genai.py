@@ -11,12 +11,14 @@ from qbb_export.errors import QbbError
 from qbb_export.runtimes.sampling import Sampling
 
 
-def open_folder(folder: Path, session: dict[str, Any]) -> Any:
-    """``onnxruntime_genai.Model`` of a folder, with session options added to those of its configuration."""
+def open_folder(folder: Path, session: dict[str, Any], cuda: dict[str, str] | None = None) -> Any:
+    """``onnxruntime_genai.Model`` of a folder, with options of session and CUDA provider added to its configuration."""
     import onnxruntime_genai as genai
 
     config = genai.Config(str(folder))
     config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+    for name, value in (cuda or {}).items():
+        config.set_provider_option("cuda", name, value)
     return genai.Model(config)
 
 

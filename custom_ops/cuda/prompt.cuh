@@ -123,22 +123,22 @@ __global__ void __launch_bounds__(kPromptThreads, 1) prompt(const Weights w, con
     give_registers<56>();
     const int own = thread - 2 * kWarpgroup, first = static_cast<int>(blockIdx.x), ahead = min(kStages, chunks);
     const bool aligned = w.K % 8 == 0 && reinterpret_cast<uintptr_t>(rows.x) % 16 == 0;
-    const auto weights_at = [&](int stage) { return weights + stage * kStageWeights<kBases>; };
+    const auto weights_of = [&](int2 place, int chunk, int stage) {
+      copy_weights<kBases>(weights + stage * kStageWeights<kBases>, w, place.x * kPromptTiles, chunk, own);
+    };
     if (first < parts) {
-      const WeightsCopy<kBases> copy(w, place_of<kTokens>(first, w.tiles, rows.M).x * kPromptTiles, own);
-      for (int chunk = 0; chunk < ahead; ++chunk) copy.start(weights_at(chunk), w, chunk);
+      const int2 place = place_of<kTokens>(first, w.tiles, rows.M);
+      for (int chunk = 0; chunk < ahead; ++chunk) weights_of(place, chunk, chunk);
     }
     wait_for_previous_kernel();
     for (int part = first, count = 0, stage = 0, parity = 1; part < parts; part += static_cast<int>(gridDim.x)) {
       const int2 place = place_of<kTokens>(part, w.tiles, rows.M);
       const int row = place.y * kTokens;
-      const WeightsCopy<kBases> copy(w, place.x * kPromptTiles, own);
       const auto* x = static_cast<const uint16_t*>(rows.x) + static_cast<int64_t>(row) * w.K;
-      const RowsCopy<kTokens> copy_rows(x, min(rows.M - row, kTokens), w.K, aligned, own);
       for (int chunk = 0; chunk < chunks; ++chunk, ++count) {
         if (count >= kStages) wait_for(&empty[stage], parity);
-        if (count >= ahead) copy.start(weights_at(stage), w, chunk);
-        copy_rows.start(memory + stage * kStageBytes<kTokens>, chunk);
+        if (count >= ahead) weights_of(place, chunk, stage);
+        copy_rows<kTokens>(memory + stage * kStageBytes<kTokens>, x, chunk, min(rows.M - row, kTokens), w.K, aligned, own);
         if (aligned) {
           arrive_after_copies(&full[stage]);
         } else {  // there were stores, too

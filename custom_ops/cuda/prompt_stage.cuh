@@ -32,106 +32,71 @@ constexpr size_t kPromptMemory = size_t{kPromptStages<kTokens>} * (kStageBytes<k
 
 #if QBB_WARPGROUP_PRODUCTS
 
-// Copies what a part needs of the weights, a chunk at a time, by the threads of a warpgroup. Addresses are multiples of 8, not
-// always of 16.
+// `thread` of the warpgroup that copies; `to`: a stage's weights. Their addresses are multiples of 8, not always of 16.
 template <int kBases>
-struct WeightsCopy {
-  static constexpr uint32_t kRow = QBB_TILE_ROWS * 4;
-  static constexpr int kHalf = kPromptTiles / 2;  // of the tiles: a thread copies of two
-
-  const char* words[2];             // of its tiles, the first basis
-  const char *scales, *offsets;     // of its tile and its basis
-  int thread, in_chunk;             // where in a chunk's words, in bytes
-  bool has_scales;
-
-  __device__ __forceinline__ WeightsCopy(const Weights& w, int first_tile, int own) : thread(own) {
-    const int warp = own / 32, lane = own % 32;
-    const auto tile_of = [&](int i) { return static_cast<int64_t>(min(first_tile + i, w.tiles - 1)); };
-    in_chunk = lane / 8 * static_cast<int>(kRow);
+__device__ __forceinline__ void copy_weights(char* to, const Weights& w, int first_tile, int chunk, int thread) {
+  constexpr uint32_t kRow = QBB_TILE_ROWS * 4;
+  const int warp = thread / 32, lane = thread % 32;
+  const auto tile_of = [&](int i) { return min(first_tile + i, w.tiles - 1); };
+  const auto part_of_tile = [&](int i, uint32_t bytes) {
+    const int group = min(chunk >> w.group_shift, w.groups - 1);
+    return static_cast<uint32_t>(tile_of(i) * w.groups + group) * bytes;
+  };
+  // Past the last word some word is copied: X is 0 there.
+  const uint32_t word = static_cast<uint32_t>(min(chunk * kChunkWords + lane / 8, w.words - 1));
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      words[i] = reinterpret_cast<const char*>(w.planes) + tile_of(warp + i * kHalf) * w.tile_bytes + lane % 8 * 8;
+  for (int i = 0; i < kPromptTiles; i += 4) {
+    const uint32_t at = static_cast<uint32_t>(tile_of(warp + i)) * static_cast<uint32_t>(w.tile_bytes) + word * kRow +
+                        static_cast<uint32_t>(lane % 8 * 8);
+#pragma unroll
+    for (int b = 0; b < kBases; ++b) {
+      copy_async<8>(to + b * kWordBytes + i * 256 + thread * 8,
+                reinterpret_cast<const char*>(w.planes) + b * w.plane_bytes + at);
     }
-    has_scales = warp < kBases;
-    scales = static_cast<const char*>(w.scales) + warp * w.scale_bytes + tile_of(lane / 4) * w.groups * (kRow / 2) + lane % 4 * 8;
-    offsets = w.offset == nullptr || own >= kOffsetBytes / 8
-                  ? nullptr
-                  : reinterpret_cast<const char*>(w.offset) + tile_of(own / 8) * w.groups * kRow + own % 8 * 8;
   }
-
-  __device__ __forceinline__ void start(char* to, const Weights& w, int chunk) const {
-    // Past the last word some word is copied: X is 0 there.
-    constexpr int kStep = kRow;
-    const auto at = static_cast<uint32_t>(min(chunk * kChunkWords * kStep + in_chunk, w.tile_bytes - kStep));
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const char* from = words[i] + at;
-#pragma unroll
-      for (int b = 0; b < kBases; ++b) {
-        copy_async<8>(to + b * kWordBytes + i * kHalf * 256 + thread * 8, from);
-        from += w.plane_bytes;
-      }
-    }
-    to += kBases * kWordBytes;
-    const auto group = static_cast<uint32_t>(min(chunk >> w.group_shift, w.groups - 1));
-    if (has_scales) copy_async<8>(to + thread * 8, scales + group * (kRow / 2));
-    if (offsets != nullptr) copy_async<8>(to + kBases * kScaleBytes + thread * 8, offsets + group * kRow);
+  to += kBases * kWordBytes;
+  if (warp < kBases) {
+    copy_async<8>(to + thread * 8, static_cast<const char*>(w.scales) + warp * w.scale_bytes +
+                                                          part_of_tile(lane / 4, kRow / 2) + lane % 4 * 8);
   }
-};
+  to += kBases * kScaleBytes;
+  if (w.offset != nullptr && thread < kOffsetBytes / 8) {
+    copy_async<8>(to + thread * 8,
+              reinterpret_cast<const char*>(w.offset) + part_of_tile(thread / 8, kRow) + thread % 8 * 8);
+  }
+}
 
-// Copies kTokens rows of X, of which there are `here`, a chunk at a time; 0 past their end. aligned: pieces of 8 inputs are.
+// A chunk of X, 0 past its end; x: the block's first row, of which there are `here`. aligned: pieces of 8 inputs are.
 // Pieces of 16 bytes change places within a row's 128 bytes, as the 128-byte swizzle wants it.
 template <int kTokens>
-struct RowsCopy {
-  static constexpr int kPieces = 16, kStep = kWarpgroup / kPieces;  // of a row; rows at a time
-
-  const uint16_t* from;
-  int row, here, K, k, place;
-  bool aligned;
-
-  __device__ __forceinline__ RowsCopy(const uint16_t* x, int count, int inputs, bool in_pieces, int own)
-      : here(count), K(inputs), aligned(in_pieces) {
-    const int piece = own % kPieces;
-    row = own / kPieces;
-    k = piece * 8;
-    from = x + static_cast<int64_t>(row) * K + k;
-    place = piece / 8 * kTokens * kRowBytes + row * kRowBytes + (piece % 8 ^ row % 8) * 16;
-  }
-
-  __device__ __forceinline__ void start(char* stage, int chunk) const {
-    const uint16_t* at = from + chunk * kChunk;
-    char* to = stage + place;
+__device__ __forceinline__ void copy_rows(char* to, const uint16_t* x, int chunk, int here, int K, bool aligned,
+                                          int thread) {
+  constexpr int kPieces = 16, kStep = kWarpgroup / kPieces;  // of a row; rows at a time
+  const int piece = thread % kPieces, row = thread / kPieces, k = chunk * kChunk + piece * 8;
+  to += piece / 8 * kTokens * kRowBytes + row * kRowBytes + (piece % 8 ^ row % 8) * 16;
+  const uint16_t* from = x + static_cast<int64_t>(row) * K + k;
+  if (aligned) {
+    const int end = k < K ? here : 0;
+    const uint32_t address = shared_address(to);
     const int64_t stride = static_cast<int64_t>(kStep) * K;
-    if (aligned) {
-      const uint32_t address = shared_address(to);
-      if (here == kTokens && (chunk + 1) * kChunk <= K) {
-#pragma unroll 16
-        for (int r = 0; r < kTokens; r += kStep) {
-          copy_piece(address + static_cast<uint32_t>(r * kRowBytes), at, true);
-          at += stride;
-        }
-        return;
-      }
-      const int end = chunk * kChunk + k < K ? here : 0;
 #pragma unroll 8
-      for (int r = 0; r < kTokens; r += kStep) {
-        copy_piece(address + static_cast<uint32_t>(r * kRowBytes), at, row + r < end);
-        at += stride;
-      }
-      return;
-    }
     for (int r = 0; r < kTokens; r += kStep) {
-      uint32_t pairs[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const auto bits = [&](int j) -> uint32_t { return row + r < here && chunk * kChunk + k + j < K ? at[j] : 0; };
-        pairs[i] = bits(2 * i) | bits(2 * i + 1) << 16;
-      }
-      *reinterpret_cast<uint4*>(to + r * kRowBytes) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-      at += stride;
+      copy_piece(address + static_cast<uint32_t>(r * kRowBytes), from, row + r < end);
+      from += stride;
     }
+    return;
   }
-};
+  for (int r = 0; r < kTokens; r += kStep) {
+    uint32_t pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const auto bits = [&](int j) -> uint32_t { return row + r < here && k + j < K ? from[j] : 0; };
+      pairs[i] = bits(2 * i) | bits(2 * i + 1) << 16;
+    }
+    *reinterpret_cast<uint4*>(to + r * kRowBytes) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    from += static_cast<int64_t>(kStep) * K;
+  }
+}
 
 #endif
 
