@@ -1,4 +1,4 @@
-// Variants of custom_ops/cuda/cluster.cuh against each other, decode (M = 1), the older batch kernel and prompt, in one process: which
+// Variants of custom_ops/cuda/cluster.cuh against each other, decode (M = 1) and the older batch kernel, in one process: which
 // is right and which is fastest, before heuristics.h is told. On a GPU of Hopper's kind:
 //
 //     nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -DQBB_CUDA_90A=1 -DONLY=3 -Icustom_ops -Icustom_ops/include
@@ -19,7 +19,6 @@
 #include "cuda/cluster.cuh"
 #include "cuda/decode.cuh"
 #include "cuda/prepare.cuh"
-#include "cuda/prompt.cuh"
 
 using namespace qbb::cuda;
 
@@ -37,7 +36,7 @@ using Kernel = void (*)(Weights, Rows);
 struct Variant {
   std::string name;
   Kernel kernel;
-  int bases, tokens, threads, kind;  // kind: 0 cluster, 1 decode, 2 batch (halves), 3 batch (bytes), 4 prompt
+  int bases, tokens, threads, kind;  // kind: 0 cluster, 1 decode, 2 batch (halves), 3 batch (bytes)
   int64_t (*bytes)(int);
   int (*block)(int, int);
 };
@@ -57,7 +56,6 @@ void add_variants(std::vector<Variant>& v) {
   v.push_back({"old bytes8", batch<Bytes, kBases, 1>, kBases, 8, kBatchWarps * 32, 3, nullptr, nullptr});
   v.push_back({"old bytes16", batch<Bytes, kBases, 2>, kBases, 16, kBatchWarps * 32, 3, nullptr, nullptr});
   v.push_back({"old halves64", batch<Halves<false>, kBases, 8>, kBases, 64, kBatchWarps * 32, 2, nullptr, nullptr});
-  v.push_back({"prompt128", prompt<kBases, 128>, kBases, 128, kPromptThreads, 4, nullptr, nullptr});
   v.push_back(cluster_of<ByteProducts<8, false>, kBases, 2, 8, 2, 1>("bytes"));
   v.push_back(cluster_of<ByteProducts<8, false>, kBases, 2, 6, 4, 1>("bytes"));
   v.push_back(cluster_of<HalfProducts<8, false>, kBases, 2, 8, 2, 1>("halves"));
@@ -149,9 +147,6 @@ bool launch_of(const Variant& v, const Weights& w, int M, int blocks, int cluste
   } else if (v.kind == 1) {
     l.grid = dim3(std::min(w.tiles, multiprocessors));
     l.memory = decode_memory(w.words, w.bases, 16, 1);
-  } else if (v.kind == 4) {
-    l.grid = dim3(std::min<int64_t>(prompt_parts<128>(w.tiles, M), multiprocessors));
-    l.memory = kPromptMemory<128>;
   } else {
     l.block = batch_block(w.words, w.bases, v.tokens, most_memory);
     if (l.block < kBatchPiece) return false;
@@ -215,8 +210,7 @@ int main(int argc, char** argv) {
 #endif
   }
   for (const auto& v : variants) {
-    const int bytes = v.kind == 4 ? static_cast<int>(kPromptMemory<128>) : most_memory;  // it has memory of fixed size, too
-    CHECK(cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    CHECK(cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_memory));
   }
   int clusters[9] = {};
   for (const auto& v : variants) {
@@ -284,7 +278,6 @@ int main(int argc, char** argv) {
           const int m = v.kind == 1 ? 1 : M;
           if (v.kind != 1 && v.tokens < M && v.tokens < 32) continue;  // rounds only from 32 rows on
           if (v.kind != 1 && v.kind != 4 && v.tokens >= 2 * std::max(M, 8)) continue;
-          if (v.kind == 4 && M < 32) continue;
           std::string line;
           for (int blocks : {1, 2, 4, 8}) {
             if (v.kind != 0 && blocks > 1) continue;

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks) cluster(const W
   if (thread == 0) {
     for (int s = 0; s < Plan::kStages; ++s) {
       init_barrier(&full[s], kClusterTiles);
-      init_barrier(&empty[s], kClusterTiles);
+      init_barrier(&empty[s], kWarpgroupThreads);
     }
     for (int i = 0; i < 2; ++i) init_barrier(&arrived[i], 1);
     show_barriers();
@@ -165,9 +165,9 @@ __global__ void __launch_bounds__(Plan::kThreads, Plan::kBlocks) cluster(const W
             const float2 offset = *reinterpret_cast<const float2*>(here + Memory::kOffsets + place * 4);
             if (chunk + u < end) z[u % 2] = make_float2(offset.x * inverses.x, offset.y * inverses.y);
           }
-          if (u + 1 == Plan::kPiece) {  // all was read
-            __syncwarp();
-            if (lane == 0) arrive(&empty[stage]);
+          if (u + 1 == Plan::kPiece) {
+            __syncwarp();  // all have read the levels
+            arrive(&empty[stage]);
           }
           uint32_t codes[kParts][2][4];
 #pragma unroll

@@ -27,7 +27,7 @@ struct ClusterPlan {
 
 // For `cluster` as it is launched: as many stages as leave room for X.
 template <int kTokens, int kBases>
-using UsualPlan = std::conditional_t<(kTokens <= 16), ClusterPlan<2, kBases < 4 ? 6 : 4, 4, 1>,
+using UsualPlan = std::conditional_t<(kTokens <= 16), ClusterPlan<kBases < 4 ? 3 : 2, kBases < 4 ? 6 : 4, 4, 1>,
                                      std::conditional_t<(kTokens < 64), ClusterPlan<2, 8, 2, 1>,
                                                         ClusterPlan<kBases < 4 ? 2 : 1, 4, 2, 1>>>;
 

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kBulkThreads, kBulkBlocks) decode_bulk(const W
   if (thread == 0) {
     for (int s = 0; s < stages; ++s) {
       init_barrier(&full[s], 1);
-      init_barrier(&empty[s], kBulkWarps);
+      init_barrier(&empty[s], kBulkWarps * 32);  // all that read
     }
     for (int i = 0; i < 2; ++i) {
       init_barrier(&summed[i], kBulkWarps * 8);  // all that store sums
@@ -185,11 +185,10 @@ __global__ void __launch_bounds__(kBulkThreads, kBulkBlocks) decode_bulk(const W
         const PlanesOfChunk<kBits, kRows> x(planes, steps, chunk, chunks, lane, warp);
         wait_for(&full[slot.number], slot.parity);
         add_chunk_of_planes<kBases, kBits, kRows>(sums, place.take(stage, has_offset), x, lane);
-        __syncwarp();  // all lanes have read the stage
       } else {
         wait_for(&full[slot.number], slot.parity);  // so that no warp is a whole round of stages ahead
       }
-      if (lane == 0) arrive(&empty[slot.number]);
+      arrive(&empty[slot.number]);
       stage += stage_bytes;
       slot.advance(stages);
       if (slot.number == 0) stage = ring;

@@ -43,9 +43,8 @@ constexpr Rule kHalfRules[] = {
     {80, kAnyArch, false, 2, Path::kDecode, 2},
     {80, kAnyArch, true, 4, Path::kDecode, 4},
     {90, kWarpgroupArch, false, 64, Path::kCluster, 0},
-    {80, kAnyArch, false, 16, Path::kBytes, 0},
-    {75, kAnyArch, false, 96, Path::kBatch, 0},
     {90, kWarpgroupArch, false, kAnyRows, Path::kPrompt, 0},
+    {80, kAnyArch, false, 16, Path::kBytes, 0},
     {75, kAnyArch, false, kAnyRows, Path::kBatch, 0},
 };
 
@@ -68,5 +67,12 @@ constexpr double cluster_cost(int64_t rounds, int64_t sets, int64_t chunks, int 
          (static_cast<double>(sets) * (static_cast<double>(chunks) * (rows < 64 ? 1.0 : 1.2) + (rows <= 16 ? 4.0 : 1.5)) +
           static_cast<double>(chunks) * rows / 24);
 }
+
+// Rows of X that kPrompt may take at a time, and about how long a launch takes, in the same units.
+constexpr int kPromptRows[] = {64, 128, 256};
+constexpr double prompt_cost(int64_t rounds, int64_t chunks, int rows) {
+  return 10 + static_cast<double>(rounds * chunks) * (rows == 64 ? 2.2 : rows == 128 ? 2.8 : 4.7);
+}
+constexpr int64_t kClusterOnly = 32;  // so many rows of X are never kPrompt's where kCluster can take them
 
 }  // namespace qbb::cuda

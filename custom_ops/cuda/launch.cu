@@ -3,134 +3,22 @@
 #include <algorithm>
 #include <array>
 #include <iterator>
-#include <type_traits>
 
-#include "cuda/batch.cuh"
-#include "cuda/cluster.cuh"
-#include "cuda/decode.cuh"
-#include "cuda/decode_bulk.cuh"
 #include "cuda/general.cuh"
-#include "cuda/prompt.cuh"
+#include "cuda/tensor_map.h"
+#include "cuda/variants.cuh"
 
 namespace qbb::cuda {
 namespace {
 
-using Kernel = void (*)(Weights, Rows);
-
-template <int kBases>
-Kernel decode_kernel(int bits, int step) {
-  if (bits == 8) return step == 1 ? decode<kBases, 8, 1> : step == 2 ? decode<kBases, 8, 2> : decode<kBases, 8, 4>;
-  return step == 1 ? decode<kBases, 16, 1> : step == 2 ? decode<kBases, 16, 2> : decode<kBases, 16, 4>;
-}
-
-template <int kBases>
-Kernel bulk_kernel(int bits, int step) {
-  if (bits == 8) {
-    return step == 1 ? decode_bulk<kBases, 8, 1> : step == 2 ? decode_bulk<kBases, 8, 2> : decode_bulk<kBases, 8, 4>;
-  }
-  return step == 1 ? decode_bulk<kBases, 16, 1> : decode_bulk<kBases, 16, 2>;
-}
-
-template <class How, int kBases>
-Kernel batch_kernel(int columns) {
-  if (columns == 1) return batch<How, kBases, 1>;
-  if (columns == 2) return batch<How, kBases, 2>;
-  if constexpr (std::is_same_v<How, Bytes>) {
-    return nullptr;  // too many registers
-  } else {
-    return columns == 4 ? batch<How, kBases, 4> : batch<How, kBases, 8>;
-  }
-}
-
-Kernel decode_kernel(int bases, int bits, int step) {
-  switch (bases) {
-    case 1: return decode_kernel<1>(bits, step);
-    case 2: return decode_kernel<2>(bits, step);
-    case 3: return decode_kernel<3>(bits, step);
-    default: return decode_kernel<4>(bits, step);
-  }
-}
-
-Kernel bulk_kernel(int bases, int bits, int step) {
-  switch (bases) {
-    case 1: return bulk_kernel<1>(bits, step);
-    case 2: return bulk_kernel<2>(bits, step);
-    case 3: return bulk_kernel<3>(bits, step);
-    default: return bulk_kernel<4>(bits, step);
-  }
-}
-
-template <class How>
-Kernel batch_kernel(int bases, int columns) {
-  switch (bases) {
-    case 1: return batch_kernel<How, 1>(columns);
-    case 2: return batch_kernel<How, 2>(columns);
-    case 3: return batch_kernel<How, 3>(columns);
-    default: return batch_kernel<How, 4>(columns);
-  }
-}
-
-template <int kTokens>
-Kernel prompt_kernel(int bases) {
-  switch (bases) {
-    case 1: return prompt<1, kTokens>;
-    case 2: return prompt<2, kTokens>;
-    case 3: return prompt<3, kTokens>;
-    default: return prompt<4, kTokens>;
-  }
-}
-
-// A variant of `cluster`.
-struct Cluster {
-  Kernel kernel;
-  int threads;
-  int64_t (*bytes)(int block);          // of shared memory
-  int (*block)(int words, int blocks);  // chunks of a block of a cluster
-};
-
-template <class How, int kBases>
-Cluster cluster_variant() {
-#if QBB_CUDA_90A
-  using Plan = UsualPlan<How::kTokens, kBases>;
-  return Cluster{cluster<How, kBases, Plan>, Plan::kThreads, ClusterMemory<How, kBases, Plan>::bytes, cluster_block<Plan>};
-#else
-  return Cluster{};
-#endif
-}
-
-template <int kBases, bool kBrain>
-Cluster halves_variant(int rows) {
-  return rows == 8    ? cluster_variant<HalfProducts<8, kBrain>, kBases>()
-         : rows == 16 ? cluster_variant<HalfProducts<16, kBrain>, kBases>()
-         : rows == 32 ? cluster_variant<HalfProducts<32, kBrain>, kBases>()
-                      : cluster_variant<HalfProducts<64, kBrain>, kBases>();
-}
-
-template <int kBases>
-Cluster cluster_variant(Type type, int rows) {
-  if (type == kFloat16) return halves_variant<kBases, false>(rows);
-  if (type == kBFloat16) return halves_variant<kBases, true>(rows);
-  return rows == 8 ? cluster_variant<ByteProducts<8, true>, kBases>() : cluster_variant<ByteProducts<16, true>, kBases>();
-}
-
-// `rows`: one of kClusterRows; up to 16 for float32.
-Cluster cluster_variant(int bases, Type type, int rows) {
-  switch (bases) {
-    case 1: return cluster_variant<1>(type, rows);
-    case 2: return cluster_variant<2>(type, rows);
-    case 3: return cluster_variant<3>(type, rows);
-    default: return cluster_variant<4>(type, rows);
-  }
-}
-
 // How to launch `cluster`.
 struct ClusterShape {
   int rows = 0, blocks = 0, clusters = 0, block = 0;  // of X at a time, 0 if none fits; of a cluster; at a time; chunks
+  double cost = 0;
 };
 
 ClusterShape cluster_shape(const Weights& w, Type type, int64_t M, const Device& device) {
   ClusterShape best;
-  double least = 0;
   const int sets = (w.tiles + kClusterTiles - 1) / kClusterTiles;
   for (const int rows : kClusterRows) {
     if (rows > 16 && type == kFloat32) break;
@@ -140,18 +28,37 @@ ClusterShape cluster_shape(const Weights& w, Type type, int64_t M, const Device&
       if (device.clusters[i] == 0 || variant.bytes(block) > device.shared_memory) continue;
       const int clusters = std::min(sets, device.clusters[i]);
       const double cost = cluster_cost((M + rows - 1) / rows, (sets + clusters - 1) / clusters, block, rows);
-      if (best.rows == 0 || cost < least) {
-        best = ClusterShape{rows, blocks, clusters, block};
-        least = cost;
-      }
+      if (best.rows == 0 || cost < best.cost) best = ClusterShape{rows, blocks, clusters, block, cost};
     }
     if (M <= rows && best.rows != 0) break;
   }
   return best;
 }
 
-cudaError_t start(Kernel kernel, dim3 grid, int threads, size_t memory, const Weights& w, const Rows& rows,
-                  const Device& device, cudaStream_t stream, int cluster = 0) {
+// How to launch `prompt`.
+struct PromptShape {
+  int rows = 0, pairs = 0;  // of X at a time, 0 if the copy engine can't take it; of blocks
+  double cost = 0;
+};
+
+PromptShape prompt_shape(const Weights& w, const Rows& rows, int64_t M, const Device& device) {
+  PromptShape best;
+  const bool aligned = w.K % 8 == 0 && reinterpret_cast<uintptr_t>(rows.x) % 16 == 0;
+  if (rows.type != kFloat16 || !aligned || device.clusters[0] == 0) return best;
+  const int chunks = (w.words + kChunkWords - 1) / kChunkWords, at_a_time = device.clusters[0];
+  for (const int size : kPromptRows) {
+    const int64_t parts = prompt_parts(w.tiles, M, size);
+    const double cost = prompt_cost((parts + at_a_time - 1) / at_a_time, chunks, size);
+    if (best.rows == 0 || cost < best.cost) {
+      best = PromptShape{size, static_cast<int>(std::min<int64_t>(parts, at_a_time)), cost};
+    }
+  }
+  return best;
+}
+
+template <class... Parameters>
+cudaError_t start(void (*kernel)(Parameters...), dim3 grid, int threads, size_t memory, const Device& device,
+                  cudaStream_t stream, int cluster, const Parameters&... parameters) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
@@ -166,20 +73,14 @@ cudaError_t start(Kernel kernel, dim3 grid, int threads, size_t memory, const We
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   config.attrs = attributes;
   config.numAttrs = device.arch < 90 ? 0 : cluster == 0 ? 1 : 2;
-  return cudaLaunchKernelEx(&config, kernel, w, rows);
+  return cudaLaunchKernelEx(&config, kernel, parameters...);
 }
 
 // A kernel may use so much shared memory.
-cudaError_t allow(Kernel kernel, size_t bytes) {
+template <class... Parameters>
+cudaError_t allow(void (*kernel)(Parameters...), size_t bytes) {
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                               static_cast<int>(bytes));
-}
-
-// Whether parts of 128 rows of X are faster than those of 256. They take about 3/5 of the time, as weights have to be made
-// all the same, but may leave fewer multiprocessors without work.
-bool prefer_small_parts(int64_t small, int64_t large, int multiprocessors) {
-  const auto turns = [&](int64_t parts) { return (parts + multiprocessors - 1) / multiprocessors; };
-  return 3 * turns(small) < 5 * turns(large);
 }
 
 // Where rows `first` and on of X and Y begin.
@@ -203,30 +104,34 @@ int stages_of(const Rule& rule, const Weights& w, bool integer, const Device& de
 }
 
 // Whether what the rule's kernel needs at least fits into shared memory.
-bool fits(const Rule& rule, const Weights& w, Type type, int64_t M, bool integer, const Device& device) {
+bool fits(const Rule& rule, const Weights& w, const Rows& rows, int64_t M, bool integer, const Device& device) {
   switch (rule.path) {
     case Path::kDecode:
       return stages_of(rule, w, integer, device) >= kFewestStages ||
              static_cast<int64_t>(decode_memory(w.words, w.bases, integer ? 8 : 16, rule.step)) <= device.shared_memory;
     case Path::kBytes:
     case Path::kBatch: return batch_block(w.words, w.bases, kColumn, device.shared_memory) >= kBatchPiece;
-    case Path::kCluster: return cluster_shape(w, type, M, device).rows != 0;
-    case Path::kPrompt: return type == kFloat16;
+    case Path::kCluster: {
+      const ClusterShape shape = cluster_shape(w, rows.type, M, device);
+      const PromptShape other = prompt_shape(w, rows, M, device);
+      return shape.rows != 0 && (other.rows == 0 || M <= kClusterOnly || shape.cost <= other.cost);
+    }
+    case Path::kPrompt: return prompt_shape(w, rows, M, device).rows != 0;
     default: return true;
   }
 }
 
-Rule rule_for(const Weights& w, Type type, int64_t M, bool integer, const Device& device) {
+Rule rule_for(const Weights& w, const Rows& rows, int64_t M, bool integer, const Device& device) {
   constexpr Rule kAnything{0, kAnyArch, false, kAnyRows, Path::kGeneral, 1};
   const auto find = [&](const auto& rules) {
     for (const Rule& rule : rules) {
       if (device.arch < rule.arch || rule.last_arch < device.arch || rule.rows < M) continue;
-      if ((integer || !rule.only_int8) && fits(rule, w, type, M, integer, device)) return rule;
+      if ((integer || !rule.only_int8) && fits(rule, w, rows, M, integer, device)) return rule;
     }
     return kAnything;
   };
   if (!regular(w)) return kAnything;
-  return type == kFloat32 ? find(kFloatRules) : find(kHalfRules);
+  return rows.type == kFloat32 ? find(kFloatRules) : find(kHalfRules);
 }
 
 }  // namespace
@@ -252,8 +157,12 @@ cudaError_t reserve(const Weights& w, const Device& device) {
       if (status != cudaSuccess) return status;
     }
   }
-  const cudaError_t status = allow(prompt_kernel<128>(w.bases), kPromptMemory<128>);
-  return status != cudaSuccess ? status : allow(prompt_kernel<256>(w.bases), kPromptMemory<256>);
+  for (const int rows : kPromptRows) {
+    const Prompt variant = prompt_variant(w.bases, rows);
+    const cudaError_t status = allow(variant.kernel, variant.memory);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
 }
 
 cudaError_t count_clusters(Device& device) {
@@ -279,7 +188,7 @@ cudaError_t count_clusters(Device& device) {
 
 cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, const Device& device,
                    cudaStream_t stream) {
-  const Rule rule = rule_for(w, rows.type, M, integer, device);
+  const Rule rule = rule_for(w, rows, M, integer, device);
   const int tiles = w.tiles;
   constexpr int64_t kGridRows = 32768;  // of blocks, at most
   int64_t step = rule.step;
@@ -297,12 +206,12 @@ cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, 
         Rows staged = part;
         staged.block = stages;
         status = start(bulk_kernel(w.bases, bits, rule.step), dim3(std::min(tiles, device.multiprocessors)), kBulkThreads,
-                       bulk_memory(w.words, w.bases, offset, bits, rule.step, stages), w, staged, device, stream);
+                       bulk_memory(w.words, w.bases, offset, bits, rule.step, stages), device, stream, 0, w, staged);
         if (status != cudaSuccess) return status;
         continue;
       }
       status = start(decode_kernel(w.bases, bits, rule.step), dim3(std::min(tiles, device.multiprocessors)),
-                     kDecodeWarps * 32, decode_memory(w.words, w.bases, bits, rule.step), w, part, device, stream);
+                     kDecodeWarps * 32, decode_memory(w.words, w.bases, bits, rule.step), device, stream, 0, w, part);
     } else if (rule.path == Path::kBatch || rule.path == Path::kBytes) {
       const bool bytes = rule.path == Path::kBytes;
       int columns = bytes ? 2 : 8;
@@ -317,22 +226,24 @@ cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, 
       Rows staged = part;
       staged.block = batch_block(w.words, w.bases, columns * kColumn, device.shared_memory);
       status = start(kernel, dim3(std::min(tiles, device.multiprocessors), static_cast<unsigned>(blocks)),
-                     kBatchWarps * 32, batch_memory(w.bases, columns * kColumn, staged.block), w, staged, device, stream);
+                     kBatchWarps * 32, batch_memory(w.bases, columns * kColumn, staged.block), device, stream, 0, w, staged);
     } else if (rule.path == Path::kCluster) {
       const ClusterShape shape = cluster_shape(w, rows.type, count, device);
       const Cluster variant = cluster_variant(w.bases, rows.type, shape.rows);
       Rows staged = part;
       staged.block = shape.block;
       status = start(variant.kernel, dim3(static_cast<unsigned>(shape.clusters * shape.blocks)), variant.threads,
-                     static_cast<size_t>(variant.bytes(shape.block)), w, staged, device, stream, shape.blocks);
+                     static_cast<size_t>(variant.bytes(shape.block)), device, stream, shape.blocks, w, staged);
     } else if (rule.path == Path::kPrompt) {
-      const int64_t small = prompt_parts<128>(tiles, count), large = prompt_parts<256>(tiles, count);
-      const bool halve = prefer_small_parts(small, large, device.multiprocessors);
-      const dim3 grid(static_cast<unsigned>(std::min<int64_t>(halve ? small : large, device.multiprocessors)));
-      status = start(halve ? prompt_kernel<128>(w.bases) : prompt_kernel<256>(w.bases), grid, kPromptThreads,
-                     halve ? kPromptMemory<128> : kPromptMemory<256>, w, part, device, stream);
+      const PromptShape shape = prompt_shape(w, part, count, device);
+      const Prompt variant = prompt_variant(w.bases, shape.rows);
+      CUtensorMap map{};
+      status = describe_rows(map, part.x, w.K, count, kRowBytes / 2, shape.rows / 2);
+      if (status != cudaSuccess) return status;
+      status = start(variant.kernel, dim3(static_cast<unsigned>(2 * shape.pairs)), kPromptThreads, variant.memory, device, stream,
+                     2, w, part, map);
     } else {
-      status = start(general, dim3(tiles, static_cast<unsigned>(count)), kGeneralWarps * 32, 0, w, part, device, stream);
+      status = start(general, dim3(tiles, static_cast<unsigned>(count)), kGeneralWarps * 32, 0, device, stream, 0, w, part);
     }
     if (status != cudaSuccess) return status;
   }

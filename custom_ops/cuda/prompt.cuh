@@ -4,6 +4,9 @@
 // A block makes 128 outputs for kTokens rows of X at a time. One of its three warpgroups copies X, as it is, and packed
 // weights into shared memory, a few chunks ahead, also of the next outputs while the last ones are stored. Two make weights
 // in the order of X and multiply; making those of half a chunk overlaps with the products of the half before.
+//
+// Two blocks make neighbouring outputs for the same rows of X, and each copies half of these rows for both: blocks on their
+// own would ask the second-level cache for more than it can give.
 #pragma once
 
 #include "cuda/levels.cuh"
@@ -13,20 +16,19 @@ namespace qbb::cuda {
 
 constexpr int kPromptThreads = 3 * kWarpgroup;
 
-// Parts of 128 outputs and kTokens rows of X; a block makes one after the other.
-template <int kTokens>
-__host__ __device__ inline int64_t prompt_parts(int tiles, int64_t M) {
-  return (tiles + kPromptTiles - 1) / kPromptTiles * ((M + kTokens - 1) / kTokens);
+// Parts of 256 outputs and so many rows of X; a pair of blocks makes one after the other.
+__host__ __device__ inline int64_t prompt_parts(int tiles, int64_t M, int tokens) {
+  return (tiles + kPairTiles - 1) / kPairTiles * ((M + tokens - 1) / tokens);
 }
 
 #if QBB_WARPGROUP_PRODUCTS
 
-// Which 128 outputs and which kTokens rows are a part's. Parts made at a time have consecutive numbers: they should read
+// Which 256 outputs and which kTokens rows are a part's. Parts made at a time have consecutive numbers: they should read
 // few different weights and few different rows of X, so that the L2 cache serves most of it.
 template <int kTokens>
 __device__ __forceinline__ int2 place_of(int part, int tiles, int M) {
   constexpr int kHigh = 2048 / kTokens;  // parts with the same outputs before the next outputs
-  const int outputs = (tiles + kPromptTiles - 1) / kPromptTiles, all = (M + kTokens - 1) / kTokens;
+  const int outputs = (tiles + kPairTiles - 1) / kPairTiles, all = (M + kTokens - 1) / kTokens;
   const int first = part / (outputs * kHigh) * kHigh, high = min(all - first, kHigh), rest = part - first * outputs;
   return make_int2(rest / high, first + rest % high);
 }
@@ -98,121 +100,127 @@ __device__ __forceinline__ void store_results(__half* y, const float (&sums)[kTo
 
 #endif
 
-// float16 X and scales; groups that are 2^n chunks, or whole rows. Blocks: any number, as each takes its share of the parts.
+// float16 X and scales; groups that are 2^n chunks, or whole rows. `x`: map_of_rows(). Blocks: any number of clusters of two.
 template <int kBases, int kTokens>
-__global__ void __launch_bounds__(kPromptThreads, 1) prompt(const Weights w, const Rows rows) {
+__global__ void __launch_bounds__(kPromptThreads, 1)
+    prompt(const Weights w, const Rows rows, const __grid_constant__ CUtensorMap x_map) {
 #if QBB_WARPGROUP_PRODUCTS
   constexpr int kStages = kPromptStages<kTokens>;
-  __shared__ uint64_t full[kStages], empty[kStages];
   char* memory = reinterpret_cast<char*>(block_memory());
   memory += (1024 - shared_address(memory) % 1024) % 1024;
   char* weights = memory + kStages * kStageBytes<kTokens>;
-  const int thread = static_cast<int>(threadIdx.x);
+  auto* full = reinterpret_cast<uint64_t*>(weights + kStages * kStageWeights<kBases>);
+  uint64_t* empty = full + kStages;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = uniform(thread / 32);
+  const int rank = cluster_rank(), pair = static_cast<int>(blockIdx.x) / 2, pairs = static_cast<int>(gridDim.x) / 2;
   const int chunks = (w.words + kChunkWords - 1) / kChunkWords;
-  const int parts = static_cast<int>(prompt_parts<kTokens>(w.tiles, rows.M));
+  const int parts = static_cast<int>(prompt_parts(w.tiles, rows.M, kTokens));
+  const auto first_tile = [&](int2 place) { return (2 * place.x + rank) * kPromptTiles; };
   if (thread == 0) {
     for (int s = 0; s < kStages; ++s) {
-      init_barrier(&full[s], kWarpgroup);
-      init_barrier(&empty[s], 2 * kWarpgroup / 32);
+      init_barrier(&full[s], kWarpgroup + 1);                      // all that copy weights, and one for X
+      init_barrier(&empty[s], 2 * kWarpgroup + 2 * kWarpgroup / 32);  // all that multiply here, and a lane of each warp there
     }
     show_barriers();
   }
   let_next_kernel_start();  // it waits for this one before it reads or writes what this one does
   __syncthreads();
+  enter_cluster();
+  wait_for_cluster();
   if (thread >= 2 * kWarpgroup) {
     give_registers<56>();
-    const int own = thread - 2 * kWarpgroup, first = static_cast<int>(blockIdx.x), ahead = min(kStages, chunks);
-    const bool aligned = w.K % 8 == 0 && reinterpret_cast<uintptr_t>(rows.x) % 16 == 0;
+    const int own = thread - 2 * kWarpgroup, ahead = min(kStages, chunks);
+    const bool copies_x = warp == 2 * kWarpgroup / 32 && elect_lane();
     const auto weights_of = [&](int2 place, int chunk, int stage) {
-      copy_weights<kBases>(weights + stage * kStageWeights<kBases>, w, place.x * kPromptTiles, chunk, own);
+      copy_weights<kBases>(weights + stage * kStageWeights<kBases>, w, first_tile(place), chunk, own);
     };
-    if (first < parts) {
-      const int2 place = place_of<kTokens>(first, w.tiles, rows.M);
+    if (pair < parts) {
+      const int2 place = place_of<kTokens>(pair, w.tiles, rows.M);
       for (int chunk = 0; chunk < ahead; ++chunk) weights_of(place, chunk, chunk);
     }
     wait_for_previous_kernel();
-    for (int part = first, count = 0, stage = 0, parity = 1; part < parts; part += static_cast<int>(gridDim.x)) {
+    for (int part = pair, count = 0, stage = 0, parity = 1; part < parts; part += pairs) {
       const int2 place = place_of<kTokens>(part, w.tiles, rows.M);
-      const int row = place.y * kTokens;
-      const auto* x = static_cast<const uint16_t*>(rows.x) + static_cast<int64_t>(row) * w.K;
       for (int chunk = 0; chunk < chunks; ++chunk, ++count) {
         if (count >= kStages) wait_for(&empty[stage], parity);
         if (count >= ahead) weights_of(place, chunk, stage);
-        copy_rows<kTokens>(memory + stage * kStageBytes<kTokens>, x, chunk, min(rows.M - row, kTokens), w.K, aligned, own);
-        if (aligned) {
-          arrive_after_copies(&full[stage]);
-        } else {  // there were stores, too
-          finish_copies();
-          arrive(&full[stage]);
+        if (copies_x) {
+          char* to = memory + stage * kStageBytes<kTokens>;
+          arrive_expecting(&full[stage], kStageBytes<kTokens>);
+          copy_rows<kTokens>(to, &x_map, chunk, place.y * kTokens, rank, &full[stage]);
         }
+        arrive_after_copies(&full[stage]);
         if (++stage == kStages) {
           stage = 0;
           parity ^= 1;
         }
       }
     }
-    finish_copies();
-    return;
-  }
-  take_registers<224>();
-  constexpr int kPart = kBases == 4 ? 2 : kBases;  // a look-up has eight entries, so four bases are two matrices
-  const int lane = thread % 32, warp = thread / 32;
-  const Lane own = lane_of(lane);
-  const uint32_t turn = turn_of(own.t);
-  const float inverse = 1.0f / w.unit;
-  for (int part = static_cast<int>(blockIdx.x), stage = 0, parity = 0; part < parts; part += static_cast<int>(gridDim.x)) {
-    float sums[kTokens / 2] = {};
-    uint32_t a[2][4][4];  // weights of half a chunk, while those of the half before are still being multiplied
-    int last = 0;
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      wait_for(&full[stage], parity);
-      show_stores();
-      const char* words = weights + stage * kStageWeights<kBases> + warp * 256 + own.g * 8;
-      const char* scales = weights + stage * kStageWeights<kBases> + kBases * kWordBytes + warp * 32 + own.g * 4;
-      float2 z = make_float2(0.0f, 0.0f);
-      if (w.offset != nullptr) {
-        z = *reinterpret_cast<const float2*>(weights + stage * kStageWeights<kBases> +
-                                             kBases * (kWordBytes + kScaleBytes) + warp * 64 + own.g * 8);
-        z = make_float2(z.x * inverse, z.y * inverse);
-      }
-      Levels levels[2];
-      [[maybe_unused]] Levels rest[2];
-      load_levels<0, kPart>(levels, scales, z, inverse);
-      if constexpr (kBases == 4) load_levels<2, 2>(rest, scales, make_float2(0.0f, 0.0f), inverse);
-      const uint32_t x = shared_address(memory + stage * kStageBytes<kTokens>);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const char* here_words = words + half * 2 * QBB_TILE_ROWS * 4;
-        make_weights<0, kPart>(a[half], levels, here_words, turn);
-        if constexpr (kBases == 4) {
-          uint32_t b[4][4];
-          make_weights<2, 2>(b, rest, here_words, turn);
-          add_pairs(a[half], b);
+  } else {
+    take_registers<224>();
+    constexpr int kPart = kBases == 4 ? 2 : kBases;  // a look-up has eight entries, so four bases are two matrices
+    const Lane own = lane_of(lane);
+    const uint32_t turn = turn_of(own.t);
+    const float inverse = 1.0f / w.unit;
+    const auto release = [&](int stage) {
+      arrive(&empty[stage]);
+      if (lane == 0) arrive_in_block(&empty[stage], rank ^ 1);
+    };
+    for (int part = pair, stage = 0, parity = 0; part < parts; part += pairs) {
+      float sums[kTokens / 2] = {};
+      uint32_t a[2][4][4];  // weights of half a chunk, while those of the half before are still being multiplied
+      int last = 0;
+      for (int chunk = 0; chunk < chunks; ++chunk) {
+        wait_for(&full[stage], parity);
+        const char* words = weights + stage * kStageWeights<kBases> + warp * 256 + own.g * 8;
+        const char* scales = weights + stage * kStageWeights<kBases> + kBases * kWordBytes + warp * 32 + own.g * 4;
+        float2 z = make_float2(0.0f, 0.0f);
+        if (w.offset != nullptr) {
+          z = *reinterpret_cast<const float2*>(weights + stage * kStageWeights<kBases> +
+                                               kBases * (kWordBytes + kScaleBytes) + warp * 64 + own.g * 8);
+          z = make_float2(z.x * inverse, z.y * inverse);
         }
-        begin_products();
+        Levels levels[2];
+        [[maybe_unused]] Levels rest[2];
+        load_levels<0, kPart>(levels, scales, z, inverse);
+        if constexpr (kBases == 4) load_levels<2, 2>(rest, scales, make_float2(0.0f, 0.0f), inverse);
+        const uint32_t x = shared_address(memory + stage * kStageBytes<kTokens>);
 #pragma unroll
-        for (int s = 0; s < 4; ++s) {
-          start_product(sums, a[half][s], descriptor(x + static_cast<uint32_t>(half * kTokens * kRowBytes + s * 32)));
+        for (int half = 0; half < 2; ++half) {
+          const char* here_words = words + half * 2 * QBB_TILE_ROWS * 4;
+          make_weights<0, kPart>(a[half], levels, here_words, turn);
+          if constexpr (kBases == 4) {
+            uint32_t b[4][4];
+            make_weights<2, 2>(b, rest, here_words, turn);
+            add_pairs(a[half], b);
+          }
+          begin_products();
+#pragma unroll
+          for (int s = 0; s < 4; ++s) {
+            start_product(sums, a[half][s], descriptor(x + static_cast<uint32_t>(half * kTokens * kRowBytes + s * 32)));
+          }
+          end_products();
+          wait_for_products<1>();
+          if (half == 0 && chunk > 0) release(last);
         }
-        end_products();
-        wait_for_products<1>();
-        if (half == 0 && chunk > 0 && lane == 0) arrive(&empty[last]);
+        last = stage;
+        if (++stage == kStages) {
+          stage = 0;
+          parity ^= 1;
+        }
       }
-      last = stage;
-      if (++stage == kStages) {
-        stage = 0;
-        parity ^= 1;
-      }
+      wait_for_products<0>();
+      release(last);
+      const int2 place = place_of<kTokens>(part, w.tiles, rows.M);
+      const int out = (first_tile(place) + warp) * QBB_TILE_ROWS + lane / 4 * 2, row = place.y * kTokens;
+      const float2 bias = make_float2(w.bias == nullptr || out >= w.N ? 0.0f : w.bias[out],
+                                      w.bias == nullptr || out + 1 >= w.N ? 0.0f : w.bias[out + 1]);
+      store_results<kTokens>(static_cast<__half*>(rows.y) + static_cast<int64_t>(row) * w.N, sums, w.unit, bias, out,
+                             min(rows.M - row, kTokens), w.N, lane);
     }
-    wait_for_products<0>();
-    if (lane == 0) arrive(&empty[last]);
-    const int2 place = place_of<kTokens>(part, w.tiles, rows.M);
-    const int out = (place.x * kPromptTiles + warp) * QBB_TILE_ROWS + lane / 4 * 2, row = place.y * kTokens;
-    const float2 bias = make_float2(w.bias == nullptr || out >= w.N ? 0.0f : w.bias[out],
-                                    w.bias == nullptr || out + 1 >= w.N ? 0.0f : w.bias[out + 1]);
-    store_results<kTokens>(static_cast<__half*>(rows.y) + static_cast<int64_t>(row) * w.N, sums, w.unit, bias, out,
-                           min(rows.M - row, kTokens), w.N, lane);
   }
+  enter_cluster();  // a block's memory is there until the other one needs it no more
+  wait_for_cluster();
 #endif
 }
 

@@ -8,11 +8,12 @@ namespace qbb::cuda {
 
 constexpr int kWarpgroup = 128;
 constexpr int kPromptTiles = 8;  // of 16 outputs: four for each of two warpgroups
+constexpr int kPairTiles = 2 * kPromptTiles;
 constexpr int kRowBytes = 128;   // of a row of half a chunk of X, which is as far as the swizzle goes
 
 // Chunks on their way or in use: as many as fit.
 template <int kTokens>
-constexpr int kPromptStages = kTokens <= 128 ? 5 : 3;
+constexpr int kPromptStages = kTokens == 64 ? 8 : kTokens == 128 ? 5 : 3;
 
 // Shared memory: X of all stages, each two halves of a chunk; then weights of all stages, each
 // words [bases, tiles, 4, 16], float16 scales [bases, tiles, 16], offsets [tiles, 16].
@@ -28,7 +29,7 @@ constexpr int kStageWeights = kBases * (kWordBytes + kScaleBytes) + kOffsetBytes
 
 template <int kTokens>
 constexpr size_t kPromptMemory = size_t{kPromptStages<kTokens>} * (kStageBytes<kTokens> + kStageWeights<4>) +
-                                 1024;  // and room to align it
+                                 1024 + 2 * 8 * kPromptStages<kTokens>;  // room to align it, barriers
 
 #if QBB_WARPGROUP_PRODUCTS
 
@@ -66,35 +67,14 @@ __device__ __forceinline__ void copy_weights(char* to, const Weights& w, int fir
   }
 }
 
-// A chunk of X, 0 past its end; x: the block's first row, of which there are `here`. aligned: pieces of 8 inputs are.
-// Pieces of 16 bytes change places within a row's 128 bytes, as the 128-byte swizzle wants it.
+// A chunk of X, 0 past its end, to this block and the other one: of kTokens rows from `row` on the half that is this block's.
+// `to` and `full` are at the same place in both.
 template <int kTokens>
-__device__ __forceinline__ void copy_rows(char* to, const uint16_t* x, int chunk, int here, int K, bool aligned,
-                                          int thread) {
-  constexpr int kPieces = 16, kStep = kWarpgroup / kPieces;  // of a row; rows at a time
-  const int piece = thread % kPieces, row = thread / kPieces, k = chunk * kChunk + piece * 8;
-  to += piece / 8 * kTokens * kRowBytes + row * kRowBytes + (piece % 8 ^ row % 8) * 16;
-  const uint16_t* from = x + static_cast<int64_t>(row) * K + k;
-  if (aligned) {
-    const int end = k < K ? here : 0;
-    const uint32_t address = shared_address(to);
-    const int64_t stride = static_cast<int64_t>(kStep) * K;
-#pragma unroll 8
-    for (int r = 0; r < kTokens; r += kStep) {
-      copy_piece(address + static_cast<uint32_t>(r * kRowBytes), from, row + r < end);
-      from += stride;
-    }
-    return;
-  }
-  for (int r = 0; r < kTokens; r += kStep) {
-    uint32_t pairs[4];
+__device__ __forceinline__ void copy_rows(char* to, const CUtensorMap* x, int chunk, int row, int rank, uint64_t* full) {
+  constexpr int kHalf = kTokens / 2, kInputs = kRowBytes / 2;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const auto bits = [&](int j) -> uint32_t { return row + r < here && k + j < K ? from[j] : 0; };
-      pairs[i] = bits(2 * i) | bits(2 * i + 1) << 16;
-    }
-    *reinterpret_cast<uint4*>(to + r * kRowBytes) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-    from += static_cast<int64_t>(kStep) * K;
+  for (int i = 0; i < 2; ++i) {
+    copy_box(to + (i * kTokens + rank * kHalf) * kRowBytes, x, chunk * kChunk + i * kInputs, row + rank * kHalf, full);
   }
 }
 

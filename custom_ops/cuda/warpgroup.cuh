@@ -1,6 +1,8 @@
 // Hopper's warpgroup products and what goes with them: clusters of blocks, moving registers between warpgroups.
 #pragma once
 
+#include <cuda.h>
+
 #include <cstdint>
 
 #include "cuda/barriers.cuh"
@@ -20,20 +22,10 @@ namespace qbb::cuda {
 // What was stored in shared memory, as far as this thread knows of it, can be read by products that it starts.
 __device__ __forceinline__ void show_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// 16 bytes to shared memory while the thread goes on; zeros unless `real`.
-__device__ __forceinline__ void copy_piece(uint32_t to, const void* from, bool real) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
-               "r"(real ? 16 : 0)
-               : "memory");
-}
-
 // Arrives once what this thread copies has arrived; the thread goes on.
 __device__ __forceinline__ void arrive_after_copies(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-
-// Until all copies of this thread have arrived.
-__device__ __forceinline__ void finish_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 __device__ __forceinline__ int cluster_rank() {
   uint32_t rank;
@@ -56,6 +48,20 @@ __device__ __forceinline__ uint32_t address_in_block(const void* p, int rank) {
   uint32_t address;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
   return address;
+}
+
+// `arrive` at the barrier that another block of the cluster has where this one has `barrier`.
+__device__ __forceinline__ void arrive_in_block(uint64_t* barrier, int rank) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in_block(barrier, rank)) : "memory");
+}
+
+// A box of a matrix, from column x and row y on, to the same place in both blocks of a cluster of two, whose barriers are told.
+__device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, int x, int y, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], "
+      "[%2], %5;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(static_cast<uint16_t>(3))
+      : "memory");
 }
 
 // Stores to a block of the cluster, and tells its barrier of 16 bytes that came. Stores with a release and an acquire would wait

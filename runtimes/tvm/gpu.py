@@ -69,11 +69,15 @@ def launches(spec: Spec, *, cuda: bool) -> tuple[Launch, ...]:
     many = Launch(8, 1, min(16, spec.words))
     if not cuda:
         return replace(many, rows=1), replace(many, rows=2), replace(many, rows=4), many
-    # More blocks than a large GPU has multiprocessors, if there are enough tiles. A lane's registers hold the rest.
-    tiles = 4 if spec.tiles >= 1024 else 2 if spec.tiles >= 512 else 1
-    warps = max(1, min(8, -(-spec.words // 8)))
+    # More blocks than a large GPU has multiprocessors, if there are enough tiles. A lane's registers hold the rest: with
+    # more rows of X there are enough for fewer threads.
+    tiles = 4 if spec.tiles >= 512 else 1
+    segments = -(-spec.words // segment_words(spec, 4))
+    turns = -(-segments // 32)
+    warps = -(-segments // (2 * turns))  # at most 16, and none of them idle for a turn
     one = Launch(1, tiles, warps, look_up=True)
-    return one, replace(one, rows=2), replace(one, rows=4, tiles=min(tiles, 2)), many
+    more = replace(one, splits=min(warps, 8))
+    return one, replace(more, rows=2), replace(more, rows=4, tiles=min(tiles, 2)), many
 
 
 def is_gpu(target: Any) -> bool:
@@ -153,6 +157,7 @@ def _look_up(spec: Spec, launch: Launch, wide: int, offset: bool) -> Any:
     lanes = TILE_ROWS // V  # that share a tile
     threads = WARP * warps
     group_words = words if spec.group_size == K else spec.group_size // WORD_BITS
+    ahead = V == 1 and R == 1  # else there are no registers for words of the next turn
 
     @T.inline
     def kernel(x, planes, scales, z, bias, y, M):
@@ -167,7 +172,8 @@ def _look_up(spec: Spec, launch: Launch, wide: int, offset: bool) -> Any:
                         four = T.sblock_alloc_buffer((4,), "float32", scope="local")
                         table = T.sblock_alloc_buffer((8,), "float32", scope="local")
                         total = T.sblock_alloc_buffer((R,), "float32", scope="local")
-                        word = T.sblock_alloc_buffer((bases, V), "uint32", scope="local")
+                        word = T.sblock_alloc_buffer((S, bases, V), "uint32", scope="local")
+                        later = T.sblock_alloc_buffer((S, bases, V), "uint32", scope="local")
                         scale = T.sblock_alloc_buffer((V,), scales.dtype, scope="local")
                         found = T.sblock_alloc_buffer((R, bases, V), "float32", scope="local")
                         sums = T.sblock_alloc_buffer((R, V), "float32", scope="local")
@@ -180,8 +186,22 @@ def _look_up(spec: Spec, launch: Launch, wide: int, offset: bool) -> Any:
                         for r in T.unroll(R):
                             for v in T.unroll(V):
                                 sums[r, v] = T.float32(0)
+                        if ahead:
+                            for w in T.unroll(S):
+                                for b in T.unroll(bases):
+                                    for v in T.vectorized(V):
+                                        later[w, b, v] = planes[
+                                            b, tile, T.min(t // TILE_ROWS * S + w, words - 1), first + v
+                                        ]
                         for turn in T.serial(turns):
                             segment = T.meta_var(turn * (2 * warps) + t // TILE_ROWS)
+                            if ahead:
+                                for w in T.unroll(S):
+                                    after = T.meta_var(T.min((segment + 2 * warps) * S + w, words - 1))
+                                    for b in T.unroll(bases):
+                                        for v in T.vectorized(V):
+                                            word[w, b, v] = later[w, b, v]
+                                            later[w, b, v] = planes[b, tile, after, first + v]
                             for r in T.unroll(R):
                                 total[r] = T.float32(0)
                                 for b in T.unroll(bases):
@@ -189,9 +209,10 @@ def _look_up(spec: Spec, launch: Launch, wide: int, offset: bool) -> Any:
                                         found[r, b, v] = T.float32(0)
                             for w in T.unroll(S):
                                 number = T.meta_var(segment * S + w)
-                                for b in T.unroll(bases):
-                                    for v in T.vectorized(V):
-                                        word[b, v] = planes[b, tile, T.min(number, words - 1), first + v]
+                                if not ahead:
+                                    for b in T.unroll(bases):
+                                        for v in T.vectorized(V):
+                                            word[w, b, v] = planes[b, tile, T.min(number, words - 1), first + v]
                                 for r in T.unroll(R):
                                     of_x = T.meta_var(T.Select(row * R + r < M, row * R + r, T.int64(0)))
                                     for j in T.unroll(8):
@@ -212,7 +233,7 @@ def _look_up(spec: Spec, launch: Launch, wide: int, offset: bool) -> Any:
                                                 found[r, b, v] = found[r, b, v] + T.tvm_warp_shuffle(
                                                     T.uint32(0xFFFFFFFF),
                                                     table[j],
-                                                    T.Cast("int32", word[b, v] >> T.uint32(4 * j)),
+                                                    T.Cast("int32", word[w, b, v] >> T.uint32(4 * j)),
                                                     TILE_ROWS,
                                                     WARP,
                                                 )

@@ -84,6 +84,7 @@ int main() {
     multiply(257, 33, bases, 257, bases % 2 == 1, QBB_MODE_INT8, nullptr);
     multiply(300, 20, bases, 32, false, QBB_MODE_EXACT, nullptr);
   }
+  multiply(16384, 17, 3, 128, true, QBB_MODE_EXACT, nullptr);  // so many inputs that stages are used again and again
   multiply(1152, 48, 3, 256, true, QBB_MODE_EXACT, "80");
   multiply(1152, 48, 3, 256, true, QBB_MODE_EXACT, "75");
   std::puts("done");

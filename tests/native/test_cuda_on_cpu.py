@@ -191,18 +191,18 @@ def test_cluster(library: ctypes.CDLL, bases: int) -> None:
 @pytest.mark.parametrize("bases", [1, 2, 3, 4])
 def test_prompt(library: ctypes.CDLL, bases: int) -> None:
     rng = np.random.default_rng(bases)
-    shapes = ((128, 130, 128, 128), (301, 40, 301, 256), (1160, 33, 256, 128), (776, 136, 128, 256))
+    shapes = ((128, 130, 128, 128), (304, 40, 304, 256), (1160, 33, 256, 64), (776, 300, 128, 256))
     for K, N, group, tokens in shapes:
         layer = make_layer(rng, K, N, bases, group, dtype=np.float16, offset=bool(rng.integers(2)))
         x = inputs(rng, int(rng.integers(1, 140)), K)
-        run(library, with_garbage(rng, layer), x, FLOAT16, PROMPT, tokens)
+        run(library, with_garbage(rng, layer), x, FLOAT16, PROMPT, tokens, 4)
 
 
 def test_prompt_of_many_rows(library: ctypes.CDLL) -> None:
     """Several parts for each block; their order has a second set of rows, a smaller one."""
     rng = np.random.default_rng(0)
     layer = make_layer(rng, 40, 272, 2, 40, dtype=np.float16, offset=True)
-    run(library, with_garbage(rng, layer), inputs(rng, 2200, 40), FLOAT16, PROMPT, 128)
+    run(library, with_garbage(rng, layer), inputs(rng, 2200, 40), FLOAT16, PROMPT, 128, 4)
 
 
 @pytest.mark.parametrize("bases", [1, 3, 5, 8])

@@ -2,6 +2,7 @@
 // others let them run. Slow, but it finds wrong indices and missing barriers where there is no GPU.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <ucontext.h>
@@ -21,12 +22,14 @@
 #undef __forceinline__
 #undef __launch_bounds__
 #undef __shared__
+#undef __grid_constant__
 #define __device__
 #define __global__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static
+#define __grid_constant__
 #define threadIdx (emulate::now().thread)
 #define blockIdx (emulate::now().block->index)
 #define gridDim (emulate::state().grid)
@@ -73,6 +76,7 @@ struct Fiber {
   Block* block = nullptr;
   ucontext_t context{};
   std::unique_ptr<char[]> stack;
+  size_t entered = 0;  // how often it has entered its cluster
   bool ended = false;
 };
 
@@ -81,7 +85,7 @@ struct State {
   std::vector<Block> cluster;
   std::vector<Fiber> fibers;  // of all blocks of a cluster
   std::map<const void*, Barrier> barriers;
-  size_t entered = 0;  // threads of the cluster
+  size_t entered = 0;  // threads of the cluster, each time
   size_t current = 0;
   uint32_t random = 1;
   ucontext_t scheduler{};
@@ -158,6 +162,7 @@ inline bool run(dim3 grid, int threads, size_t memory, const std::function<void(
           fiber.thread = dim3(static_cast<unsigned>(i));
           fiber.block = &block;
           fiber.ended = false;
+          fiber.entered = 0;
           getcontext(&fiber.context);
           fiber.context.uc_stack.ss_sp = fiber.stack.get();
           fiber.context.uc_stack.ss_size = kStack;

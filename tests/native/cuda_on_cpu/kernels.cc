@@ -12,7 +12,7 @@ using namespace qbb::cuda;
 
 namespace {
 
-using Kernel = void (*)(Weights, Rows);
+using Kernel = std::function<void(Weights, Rows)>;
 
 template <int kBases>
 Kernel decode_of(int bits, int step) {
@@ -56,7 +56,7 @@ extern "C" int run_on_cpu(int path, int option, int blocks, const Weights* w, co
   int threads = 0;
   size_t memory = 0;
   Rows operands = *rows;
-  const unsigned cluster_blocks = path == 5 || path == 6 ? static_cast<unsigned>(option / 100) : 1;
+  const unsigned cluster_blocks = path == 5 || path == 6 ? static_cast<unsigned>(option / 100) : path == 2 ? 2 : 1;
   const auto pick = [&](auto bases) {
     constexpr int kBases = decltype(bases)::value;
     const auto pick_cluster = [&](auto how, auto plan) {
@@ -79,7 +79,13 @@ extern "C" int run_on_cpu(int path, int option, int blocks, const Weights* w, co
     if (path == 7) kernel = bulk_of<kBases>(option / 100, option % 100);
     if (path == 1) kernel = rows->type == kBFloat16 ? batch_of<Halves<true>, kBases>(option) : batch_of<Halves<false>, kBases>(option);
     if (path == 4) kernel = batch_of<Bytes, kBases>(option);
-    if (path == 2) kernel = option == 128 ? prompt<kBases, 128> : prompt<kBases, 256>;
+    if (path == 2) {
+      const Matrix x{static_cast<const uint16_t*>(rows->x), w->K, rows->M, kRowBytes / 2, option / 2};
+      CUtensorMap map{};
+      std::memcpy(&map, &x, sizeof x);
+      const auto of_rows = option == 64 ? prompt<kBases, 64> : option == 128 ? prompt<kBases, 128> : prompt<kBases, 256>;
+      kernel = [=](Weights weights, Rows all) { of_rows(weights, all, map); };
+    }
   };
   switch (w->bases) {
     case 1: pick(std::integral_constant<int, 1>{}); break;
@@ -103,12 +109,12 @@ extern "C" int run_on_cpu(int path, int option, int blocks, const Weights* w, co
     grid.y = static_cast<unsigned>((rows->M + option * kColumn - 1) / (option * kColumn));
   } else if (path == 2) {
     threads = kPromptThreads;
-    memory = option == 128 ? kPromptMemory<128> : kPromptMemory<256>;
+    memory = option == 64 ? kPromptMemory<64> : option == 128 ? kPromptMemory<128> : kPromptMemory<256>;
   } else if (path == 3) {
     kernel = general;
     threads = kGeneralWarps * 32;
     grid = dim3(static_cast<unsigned>(w->tiles), static_cast<unsigned>(rows->M));
   }
-  if (kernel == nullptr) return 2;
+  if (!kernel) return 2;
   return emulate::run(grid, threads, memory, [&] { kernel(*w, operands); }, cluster_blocks) ? 0 : 1;
 }

@@ -12,9 +12,13 @@ inline void show_stores() {}
 
 inline int cluster_rank() { return emulate::now().block->rank; }
 inline int cluster_size() { return static_cast<int>(emulate::state().cluster.size()); }
-inline void enter_cluster() { ++emulate::state().entered; }
+inline void enter_cluster() {
+  ++emulate::state().entered;
+  ++emulate::now().entered;
+}
 inline void wait_for_cluster() {
-  while (emulate::state().entered < emulate::state().fibers.size()) emulate::let_others_run();
+  emulate::State& s = emulate::state();
+  while (s.entered < s.fibers.size() * emulate::now().entered) emulate::let_others_run();
 }
 
 inline uint32_t address_in_block(const void* p, int rank) {
@@ -34,33 +38,38 @@ inline void store_in_block(uint32_t address, float4 v, uint32_t barrier) {
   });
 }
 
-// Copies happen when they are waited for, not before: that is what a kernel may count on.
-struct Copy {
-  char* to;
-  const void* from;
-  size_t bytes, zeros;
+inline void arrive_in_block(uint64_t* barrier, int rank) {
+  arrive(reinterpret_cast<uint64_t*>(place_in_cluster(address_in_block(barrier, rank))));
+}
+
+// What a CUtensorMap is here.
+struct Matrix {
+  const uint16_t* data;
+  int64_t columns, rows, box_columns, box_rows;
 };
 
-inline std::vector<Copy>& copies() {
-  static std::map<unsigned, std::vector<Copy>> of_threads;
-  return of_threads[threadIdx.x];
-}
-
-inline void copy_piece(uint32_t to, const void* from, bool real) {
-  copies().push_back(Copy{emulate::now().block->memory_start + to, from, real ? size_t{16} : 0, real ? 0 : size_t{16}});
-}
-
-inline void finish_copies() {
-  for (const Copy& copy : copies()) {
-    std::memcpy(copy.to, copy.from, copy.bytes);
-    std::memset(copy.to, 0, copy.zeros);
+inline void copy_box(void* to, const CUtensorMap* map, int x, int y, uint64_t* barrier) {
+  Matrix m;
+  std::memcpy(&m, map, sizeof m);
+  for (int rank = 0; rank < cluster_size(); ++rank) {
+    char* start = place_in_cluster(address_in_block(to, rank));
+    auto* told = reinterpret_cast<uint64_t*>(place_in_cluster(address_in_block(barrier, rank)));
+    emulate::state().barriers.at(told).copies.push_back([=] {
+      for (int64_t r = 0; r < m.box_rows; ++r) {
+        for (int64_t c = 0; c < m.box_columns; ++c) {
+          const bool real = y + r < m.rows && x + c < m.columns;
+          const uint16_t v = real ? m.data[(y + r) * m.columns + x + c] : uint16_t{0};
+          std::memcpy(start + r * 128 + ((c / 8 ^ r % 8) * 8 + c % 8) * 2, &v, 2);
+        }
+      }
+      emulate::Barrier& b = emulate::state().barriers.at(told);
+      b.bytes -= m.box_rows * m.box_columns * 2;
+      b.end_phase();
+    });
   }
-  copies().clear();
 }
-inline void arrive_after_copies(uint64_t* barrier) {
-  finish_copies();
-  arrive(barrier);
-}
+
+inline void arrive_after_copies(uint64_t* barrier) { arrive(barrier); }  // which happen at once here
 
 inline uint64_t descriptor(uint32_t address) { return address; }
 inline uint64_t later(uint64_t descriptor, int bytes) { return descriptor + static_cast<uint64_t>(bytes); }
