@@ -104,5 +104,5 @@ RIVALS: dict[str, Callable[[int, int, int, Copies], Made]] = {
     "MatMulNBits 4-bit b32 fpA": _nbits(4, 32, fpa=True),
     "MatMulNBits 2-bit b128": _nbits(2, 128),
     "MatMulNBits 2-bit b64 fpA": _nbits(2, 64, fpa=True),
-    **{f"gemlite A16W{bits}": _gemlite(bits) for bits in (4, 2)},
+    **{f"gemlite A16W{bits}": _gemlite(bits) for bits in (4, 2, 1)},
 }

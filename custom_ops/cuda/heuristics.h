@@ -70,8 +70,9 @@ constexpr double cluster_cost(int64_t rounds, int64_t sets, int64_t chunks, int 
 
 // Rows of X that kPrompt may take at a time, and about how long a launch takes, in the same units.
 constexpr int kPromptRows[] = {64, 128, 256};
-constexpr double prompt_cost(int64_t rounds, int64_t chunks, int rows) {
-  return 10 + static_cast<double>(rounds * chunks) * (rows == 64 ? 2.2 : rows == 128 ? 2.8 : 4.7);
+constexpr double prompt_cost(int64_t rounds, int64_t chunks, int rows, int slices) {
+  const double of_chunk = rows == 64 ? 2.2 : rows == 128 ? 2.8 : 4.7;
+  return 10 + static_cast<double>(rounds * chunks) * of_chunk + (slices > 1 ? 5 + 0.1 * rows : 0);
 }
 constexpr int64_t kClusterOnly = 32;  // so many rows of X are never kPrompt's where kCluster can take them
 

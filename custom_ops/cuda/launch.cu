@@ -23,10 +23,10 @@ ClusterShape cluster_shape(const Weights& w, Type type, int64_t M, const Device&
   for (const int rows : kClusterRows) {
     if (rows > 16 && type == kFloat32) break;
     const Cluster variant = cluster_variant(w.bases, type, rows);
-    for (size_t i = 0; i < std::size(kClusterBlocks); ++i) {
-      const int blocks = kClusterBlocks[i], block = variant.block(w.words, blocks);
-      if (device.clusters[i] == 0 || variant.bytes(block) > device.shared_memory) continue;
-      const int clusters = std::min(sets, device.clusters[i]);
+    for (const int blocks : kClusterBlocks) {
+      const int block = variant.block(w.words, blocks), at_a_time = device.clusters[blocks / 2];
+      if (at_a_time == 0 || variant.bytes(block) > device.shared_memory) continue;
+      const int clusters = std::min(sets, at_a_time);
       const double cost = cluster_cost((M + rows - 1) / rows, (sets + clusters - 1) / clusters, block, rows);
       if (best.rows == 0 || cost < best.cost) best = ClusterShape{rows, blocks, clusters, block, cost};
     }
@@ -37,20 +37,25 @@ ClusterShape cluster_shape(const Weights& w, Type type, int64_t M, const Device&
 
 // How to launch `prompt`.
 struct PromptShape {
-  int rows = 0, pairs = 0;  // of X at a time, 0 if the copy engine can't take it; of blocks
+  int rows = 0, slices = 1, clusters = 0;  // of X at a time, 0 if none fits; of the inputs; of 2 * slices blocks each
   double cost = 0;
 };
 
 PromptShape prompt_shape(const Weights& w, const Rows& rows, int64_t M, const Device& device) {
   PromptShape best;
   const bool aligned = w.K % 8 == 0 && reinterpret_cast<uintptr_t>(rows.x) % 16 == 0;
-  if (rows.type != kFloat16 || !aligned || device.clusters[0] == 0) return best;
-  const int chunks = (w.words + kChunkWords - 1) / kChunkWords, at_a_time = device.clusters[0];
+  if (rows.type != kFloat16 || !aligned) return best;
+  const int chunks = (w.words + kChunkWords - 1) / kChunkWords;
   for (const int size : kPromptRows) {
     const int64_t parts = prompt_parts(w.tiles, M, size);
-    const double cost = prompt_cost((parts + at_a_time - 1) / at_a_time, chunks, size);
-    if (best.rows == 0 || cost < best.cost) {
-      best = PromptShape{size, static_cast<int>(std::min<int64_t>(parts, at_a_time)), cost};
+    for (int slices = 1; slices <= 4; ++slices) {
+      const int at_a_time = device.clusters[slices];
+      if (at_a_time == 0 || (slices > 1 && parts > at_a_time)) continue;  // parts in slices need a cluster for each
+      const int64_t rounds = (parts + at_a_time - 1) / at_a_time;
+      const double cost = prompt_cost(rounds, (chunks + slices - 1) / slices, size, slices);
+      if (best.rows == 0 || cost < best.cost) {
+        best = PromptShape{size, slices, static_cast<int>(std::min<int64_t>(parts, at_a_time)), cost};
+      }
     }
   }
   return best;
@@ -158,9 +163,11 @@ cudaError_t reserve(const Weights& w, const Device& device) {
     }
   }
   for (const int rows : kPromptRows) {
-    const Prompt variant = prompt_variant(w.bases, rows);
-    const cudaError_t status = allow(variant.kernel, variant.memory);
-    if (status != cudaSuccess) return status;
+    for (const bool sliced : {false, true}) {
+      const Prompt variant = prompt_variant(w.bases, rows, sliced);
+      const cudaError_t status = allow(variant.kernel, variant.memory);
+      if (status != cudaSuccess) return status;
+    }
   }
   return cudaSuccess;
 }
@@ -170,13 +177,14 @@ cudaError_t count_clusters(Device& device) {
   const Cluster variant = cluster_variant(1, kFloat16, kClusterRows[0]);
   const auto memory = static_cast<size_t>(device.shared_memory);
   cudaError_t status = allow(variant.kernel, memory);
-  for (size_t i = 0; status == cudaSuccess && i < std::size(kClusterBlocks); ++i) {
+  for (size_t i = 1; status == cudaSuccess && i < std::size(device.clusters); ++i) {
+    const auto blocks = static_cast<unsigned>(2 * i);
     cudaLaunchAttribute size{};
     size.id = cudaLaunchAttributeClusterDimension;
-    size.val.clusterDim.x = static_cast<unsigned>(kClusterBlocks[i]);
+    size.val.clusterDim.x = blocks;
     size.val.clusterDim.y = size.val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(kClusterBlocks[i]));
+    config.gridDim = dim3(blocks);
     config.blockDim = dim3(static_cast<unsigned>(variant.threads));
     config.dynamicSmemBytes = memory;
     config.attrs = &size;
@@ -236,12 +244,13 @@ cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, 
                      static_cast<size_t>(variant.bytes(shape.block)), device, stream, shape.blocks, w, staged);
     } else if (rule.path == Path::kPrompt) {
       const PromptShape shape = prompt_shape(w, part, count, device);
-      const Prompt variant = prompt_variant(w.bases, shape.rows);
+      const Prompt variant = prompt_variant(w.bases, shape.rows, shape.slices > 1);
       CUtensorMap map{};
       status = describe_rows(map, part.x, w.K, count, kRowBytes / 2, shape.rows / 2);
       if (status != cudaSuccess) return status;
-      status = start(variant.kernel, dim3(static_cast<unsigned>(2 * shape.pairs)), kPromptThreads, variant.memory, device, stream,
-                     2, w, part, map);
+      const int blocks = 2 * shape.slices;
+      status = start(variant.kernel, dim3(static_cast<unsigned>(shape.clusters * blocks)), kPromptThreads, variant.memory, device,
+                     stream, blocks, w, part, map);
     } else {
       status = start(general, dim3(tiles, static_cast<unsigned>(count)), kGeneralWarps * 32, 0, device, stream, 0, w, part);
     }

@@ -10,7 +10,7 @@ namespace qbb::cuda {
 struct Device {
   int number, arch, multiprocessors;
   int64_t shared_memory;  // bytes of a block at most
-  int clusters[3];        // of 2, 4 and 8 blocks that run at a time, with a multiprocessor for each block
+  int clusters[5];        // [n]: of 2n blocks that run at a time, with a multiprocessor for each block
 };
 
 // Device::clusters.

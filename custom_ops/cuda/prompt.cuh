@@ -6,7 +6,8 @@
 // in the order of X and multiply; making those of half a chunk overlaps with the products of the half before.
 //
 // Two blocks make neighbouring outputs for the same rows of X, and each copies half of these rows for both: blocks on their
-// own would ask the second-level cache for more than it can give.
+// own would ask the second-level cache for more than it can give. Where there are too few parts for all multiprocessors, pairs
+// of a cluster share a part: each takes a slice of the inputs, and they exchange their sums at the end.
 #pragma once
 
 #include "cuda/levels.cuh"
@@ -70,10 +71,10 @@ __device__ __forceinline__ void make_weights(uint32_t (&a)[4][4], const Levels (
 }
 
 // Results of a thread: outputs `out` and the next one of each eighth row, and of the row after it. y: the part's first
-// row, of which there are `here`. A warp writes 32 bytes at a time of four rows: whole sectors.
+// row, of which there are `here`; eights first .. end of them. A warp writes 32 bytes at a time of four rows: whole sectors.
 template <int kTokens>
 __device__ __forceinline__ void store_results(__half* y, const float (&sums)[kTokens / 2], float unit, float2 bias, int out,
-                                              int here, int N, int lane) {
+                                              int here, int N, int lane, int first, int end) {
   const int row = lane % 4 * 2;
   y += static_cast<int64_t>(row) * N + out;
   const auto each = [&](auto store) {
@@ -83,7 +84,7 @@ __device__ __forceinline__ void store_results(__half* y, const float (&sums)[kTo
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const __half2 pair = __floats2half2_rn(fmaf(sums[4 * n + i], unit, bias.x), fmaf(sums[4 * n + 2 + i], unit, bias.y));
-        if (n * 8 + row + i < here) store(to + i * N, pair);
+        if (n * 8 + row + i < here && first <= n && n < end) store(to + i * N, pair);
       }
       to += static_cast<int64_t>(8) * N;
     }
@@ -98,10 +99,51 @@ __device__ __forceinline__ void store_results(__half* y, const float (&sums)[kTo
   }
 }
 
+// Of `slices` blocks that share a part, which one finishes rows 8n .. 8n + 8; and the first n of block `slice`.
+template <int kTokens>
+__device__ __forceinline__ int finisher_of(int n, int slices) { return n * slices / (kTokens / 8); }
+template <int kTokens>
+__device__ __forceinline__ int first_of(int slice, int slices) { return (slice * (kTokens / 8) + slices - 1) / slices; }
+
+// Bytes of the sums of two warpgroups for eight rows.
+constexpr int kEightSums = 2 * kWarpgroup * 16;
+
+// Sends sums to the blocks that finish them, `received` [slices][eights of a block][threads], and adds up this one's, slice by
+// slice. A cluster's blocks are in pairs: this one is 2 * slice + rank % 2.
+template <int kTokens>
+__device__ __forceinline__ void exchange_sums(float (&sums)[kTokens / 2], char* received, uint64_t* arrived, int slice,
+                                              int slices, int rank, int thread) {
+  const int first = first_of<kTokens>(slice, slices), end = first_of<kTokens>(slice + 1, slices);
+  const int most = (kTokens / 8 + slices - 1) / slices;
+  if (thread == 0) arrive_expecting(arrived, static_cast<uint32_t>((slices - 1) * (end - first) * kEightSums));
+#pragma unroll
+  for (int n = 0; n < kTokens / 8; ++n) {
+    const int to = finisher_of<kTokens>(n, slices);
+    if (to == slice) continue;
+    char* place = received + (slice * most + n - first_of<kTokens>(to, slices)) * kEightSums + thread * 16;
+    const int block = 2 * to + rank % 2;
+    store_in_block(address_in_block(place, block), make_float4(sums[4 * n], sums[4 * n + 1], sums[4 * n + 2], sums[4 * n + 3]),
+                   address_in_block(arrived, block));
+  }
+  wait_for(arrived, 0);
+#pragma unroll
+  for (int n = 0; n < kTokens / 8; ++n) {
+    if (n < first || n >= end) continue;
+    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int s = 0; s < slices; ++s) {
+      float4 v = make_float4(sums[4 * n], sums[4 * n + 1], sums[4 * n + 2], sums[4 * n + 3]);
+      if (s != slice) v = *reinterpret_cast<const float4*>(received + (s * most + n - first) * kEightSums + thread * 16);
+      total = make_float4(total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w);
+    }
+    sums[4 * n] = total.x, sums[4 * n + 1] = total.y, sums[4 * n + 2] = total.z, sums[4 * n + 3] = total.w;
+  }
+}
+
 #endif
 
-// float16 X and scales; groups that are 2^n chunks, or whole rows. `x`: map_of_rows(). Blocks: any number of clusters of two.
-template <int kBases, int kTokens>
+// float16 X and scales; groups that are 2^n chunks, or whole rows. `x_map`: describe_rows(). Blocks: any number of clusters of two;
+// kSliced: a cluster for each part, of two for each slice.
+template <int kBases, int kTokens, bool kSliced>
 __global__ void __launch_bounds__(kPromptThreads, 1)
     prompt(const Weights w, const Rows rows, const __grid_constant__ CUtensorMap x_map) {
 #if QBB_WARPGROUP_PRODUCTS
@@ -110,36 +152,38 @@ __global__ void __launch_bounds__(kPromptThreads, 1)
   memory += (1024 - shared_address(memory) % 1024) % 1024;
   char* weights = memory + kStages * kStageBytes<kTokens>;
   auto* full = reinterpret_cast<uint64_t*>(weights + kStages * kStageWeights<kBases>);
-  uint64_t* empty = full + kStages;
+  uint64_t *empty = full + kStages, *arrived = empty + kStages;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = uniform(thread / 32);
-  const int rank = cluster_rank(), pair = static_cast<int>(blockIdx.x) / 2, pairs = static_cast<int>(gridDim.x) / 2;
-  const int chunks = (w.words + kChunkWords - 1) / kChunkWords;
+  const int rank = cluster_rank(), slices = kSliced ? cluster_size() / 2 : 1, slice = kSliced ? rank / 2 : 0;
+  const int cluster = static_cast<int>(blockIdx.x) / (2 * slices), clusters = static_cast<int>(gridDim.x) / (2 * slices);
+  const int all_chunks = (w.words + kChunkWords - 1) / kChunkWords, first_chunk = all_chunks * slice / slices;
+  const int chunks = all_chunks * (slice + 1) / slices - first_chunk;
   const int parts = static_cast<int>(prompt_parts(w.tiles, rows.M, kTokens));
-  const auto first_tile = [&](int2 place) { return (2 * place.x + rank) * kPromptTiles; };
+  const auto first_tile = [&](int2 place) { return (2 * place.x + rank % 2) * kPromptTiles; };
   if (thread == 0) {
     for (int s = 0; s < kStages; ++s) {
       init_barrier(&full[s], kWarpgroup + 1);                      // all that copy weights, and one for X
       init_barrier(&empty[s], 2 * kWarpgroup + 2 * kWarpgroup / 32);  // all that multiply here, and a lane of each warp there
     }
+    if (kSliced) init_barrier(arrived, 1);
     show_barriers();
   }
   let_next_kernel_start();  // it waits for this one before it reads or writes what this one does
   __syncthreads();
-  enter_cluster();
-  wait_for_cluster();
+  meet_cluster();
   if (thread >= 2 * kWarpgroup) {
     give_registers<56>();
     const int own = thread - 2 * kWarpgroup, ahead = min(kStages, chunks);
     const bool copies_x = warp == 2 * kWarpgroup / 32 && elect_lane();
     const auto weights_of = [&](int2 place, int chunk, int stage) {
-      copy_weights<kBases>(weights + stage * kStageWeights<kBases>, w, first_tile(place), chunk, own);
+      copy_weights<kBases>(weights + stage * kStageWeights<kBases>, w, first_tile(place), first_chunk + chunk, own);
     };
-    if (pair < parts) {
-      const int2 place = place_of<kTokens>(pair, w.tiles, rows.M);
+    if (cluster < parts) {
+      const int2 place = place_of<kTokens>(cluster, w.tiles, rows.M);
       for (int chunk = 0; chunk < ahead; ++chunk) weights_of(place, chunk, chunk);
     }
     wait_for_previous_kernel();
-    for (int part = pair, count = 0, stage = 0, parity = 1; part < parts; part += pairs) {
+    for (int part = cluster, count = 0, stage = 0, parity = 1; part < parts; part += clusters) {
       const int2 place = place_of<kTokens>(part, w.tiles, rows.M);
       for (int chunk = 0; chunk < chunks; ++chunk, ++count) {
         if (count >= kStages) wait_for(&empty[stage], parity);
@@ -147,7 +191,7 @@ __global__ void __launch_bounds__(kPromptThreads, 1)
         if (copies_x) {
           char* to = memory + stage * kStageBytes<kTokens>;
           arrive_expecting(&full[stage], kStageBytes<kTokens>);
-          copy_rows<kTokens>(to, &x_map, chunk, place.y * kTokens, rank, &full[stage]);
+          copy_rows<kTokens>(to, &x_map, first_chunk + chunk, place.y * kTokens, rank, &full[stage]);
         }
         arrive_after_copies(&full[stage]);
         if (++stage == kStages) {
@@ -156,6 +200,7 @@ __global__ void __launch_bounds__(kPromptThreads, 1)
         }
       }
     }
+    if (kSliced) meet_cluster();
   } else {
     take_registers<224>();
     constexpr int kPart = kBases == 4 ? 2 : kBases;  // a look-up has eight entries, so four bases are two matrices
@@ -166,7 +211,7 @@ __global__ void __launch_bounds__(kPromptThreads, 1)
       arrive(&empty[stage]);
       if (lane == 0) arrive_in_block(&empty[stage], rank ^ 1);
     };
-    for (int part = pair, stage = 0, parity = 0; part < parts; part += pairs) {
+    for (int part = cluster, stage = 0, parity = 0; part < parts; part += clusters) {
       float sums[kTokens / 2] = {};
       uint32_t a[2][4][4];  // weights of half a chunk, while those of the half before are still being multiplied
       int last = 0;
@@ -211,16 +256,22 @@ __global__ void __launch_bounds__(kPromptThreads, 1)
       }
       wait_for_products<0>();
       release(last);
+      int first = 0, end = kTokens / 8;
+      if constexpr (kSliced) {
+        hold(sums);
+        meet_cluster();  // all stages are free
+        exchange_sums<kTokens>(sums, memory, arrived, slice, slices, rank, thread);
+        first = first_of<kTokens>(slice, slices), end = first_of<kTokens>(slice + 1, slices);
+      }
       const int2 place = place_of<kTokens>(part, w.tiles, rows.M);
       const int out = (first_tile(place) + warp) * QBB_TILE_ROWS + lane / 4 * 2, row = place.y * kTokens;
       const float2 bias = make_float2(w.bias == nullptr || out >= w.N ? 0.0f : w.bias[out],
                                       w.bias == nullptr || out + 1 >= w.N ? 0.0f : w.bias[out + 1]);
       store_results<kTokens>(static_cast<__half*>(rows.y) + static_cast<int64_t>(row) * w.N, sums, w.unit, bias, out,
-                             min(rows.M - row, kTokens), w.N, lane);
+                             min(rows.M - row, kTokens), w.N, lane, first, end);
     }
   }
-  enter_cluster();  // a block's memory is there until the other one needs it no more
-  wait_for_cluster();
+  meet_cluster();  // a block's memory is there until no other needs it
 #endif
 }
 

@@ -29,7 +29,7 @@ constexpr int kStageWeights = kBases * (kWordBytes + kScaleBytes) + kOffsetBytes
 
 template <int kTokens>
 constexpr size_t kPromptMemory = size_t{kPromptStages<kTokens>} * (kStageBytes<kTokens> + kStageWeights<4>) +
-                                 1024 + 2 * 8 * kPromptStages<kTokens>;  // room to align it, barriers
+                                 1024 + 8 * (2 * kPromptStages<kTokens> + 1);  // room to align it, barriers
 
 #if QBB_WARPGROUP_PRODUCTS
 
@@ -67,14 +67,15 @@ __device__ __forceinline__ void copy_weights(char* to, const Weights& w, int fir
   }
 }
 
-// A chunk of X, 0 past its end, to this block and the other one: of kTokens rows from `row` on the half that is this block's.
+// A chunk of X, 0 past its end, to both blocks of a pair: of kTokens rows from `row` on the half that is this block's.
 // `to` and `full` are at the same place in both.
 template <int kTokens>
 __device__ __forceinline__ void copy_rows(char* to, const CUtensorMap* x, int chunk, int row, int rank, uint64_t* full) {
   constexpr int kHalf = kTokens / 2, kInputs = kRowBytes / 2;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    copy_box(to + (i * kTokens + rank * kHalf) * kRowBytes, x, chunk * kChunk + i * kInputs, row + rank * kHalf, full);
+    const int from = rank % 2 * kHalf;
+    copy_box(to + (i * kTokens + from) * kRowBytes, x, chunk * kChunk + i * kInputs, row + from, full, rank / 2 * 2);
   }
 }
 

@@ -72,20 +72,27 @@ struct Prompt {
   size_t memory;
 };
 
-template <int kTokens>
+template <int kTokens, bool kSliced>
 Prompt prompt_variant(int bases) {
   constexpr size_t kMemory = kPromptMemory<kTokens>;
   switch (bases) {
-    case 1: return {prompt<1, kTokens>, kMemory};
-    case 2: return {prompt<2, kTokens>, kMemory};
-    case 3: return {prompt<3, kTokens>, kMemory};
-    default: return {prompt<4, kTokens>, kMemory};
+    case 1: return {prompt<1, kTokens, kSliced>, kMemory};
+    case 2: return {prompt<2, kTokens, kSliced>, kMemory};
+    case 3: return {prompt<3, kTokens, kSliced>, kMemory};
+    default: return {prompt<4, kTokens, kSliced>, kMemory};
   }
 }
 
+template <bool kSliced>
+Prompt prompt_variant(int bases, int rows) {
+  return rows == 64    ? prompt_variant<64, kSliced>(bases)
+         : rows == 128 ? prompt_variant<128, kSliced>(bases)
+                       : prompt_variant<256, kSliced>(bases);
+}
+
 // `rows`: one of kPromptRows.
-inline Prompt prompt_variant(int bases, int rows) {
-  return rows == 64 ? prompt_variant<64>(bases) : rows == 128 ? prompt_variant<128>(bases) : prompt_variant<256>(bases);
+inline Prompt prompt_variant(int bases, int rows, bool sliced) {
+  return sliced ? prompt_variant<true>(bases, rows) : prompt_variant<false>(bases, rows);
 }
 
 // A variant of `cluster`.

@@ -43,6 +43,11 @@ __device__ __forceinline__ int cluster_size() {
 __device__ __forceinline__ void enter_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
+__device__ __forceinline__ void meet_cluster() {
+  enter_cluster();
+  wait_for_cluster();
+}
+
 // Where another block of the cluster has what this one has at `p`.
 __device__ __forceinline__ uint32_t address_in_block(const void* p, int rank) {
   uint32_t address;
@@ -55,12 +60,13 @@ __device__ __forceinline__ void arrive_in_block(uint64_t* barrier, int rank) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in_block(barrier, rank)) : "memory");
 }
 
-// A box of a matrix, from column x and row y on, to the same place in both blocks of a cluster of two, whose barriers are told.
-__device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, int x, int y, uint64_t* barrier) {
+// A box of a matrix, from column x and row y on, to the same place in two blocks of the cluster, `first` and the next one, whose
+// barriers are told.
+__device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, int x, int y, uint64_t* barrier, int first) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], "
       "[%2], %5;" ::"r"(shared_address(to)),
-      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(static_cast<uint16_t>(3))
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(static_cast<uint16_t>(3 << first))
       : "memory");
 }
 

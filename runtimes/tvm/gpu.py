@@ -69,8 +69,8 @@ def launches(spec: Spec, *, cuda: bool) -> tuple[Launch, ...]:
     many = Launch(8, 1, min(16, spec.words))
     if not cuda:
         return replace(many, rows=1), replace(many, rows=2), replace(many, rows=4), many
-    # More blocks than a large GPU has multiprocessors, if there are enough tiles. A lane's registers hold the rest: with
-    # more rows of X there are enough for fewer threads.
+    # More blocks than a large GPU has multiprocessors, if there are enough tiles. A lane's registers hold the rest;
+    # those for more rows of X are there for fewer threads.
     tiles = 4 if spec.tiles >= 512 else 1
     segments = -(-spec.words // segment_words(spec, 4))
     turns = -(-segments // 32)
@@ -157,7 +157,7 @@ def _look_up(spec: Spec, launch: Launch, wide: int, offset: bool) -> Any:
     lanes = TILE_ROWS // V  # that share a tile
     threads = WARP * warps
     group_words = words if spec.group_size == K else spec.group_size // WORD_BITS
-    ahead = V == 1 and R == 1  # else there are no registers for words of the next turn
+    early = V == 1 and R == 1  # all words of a segment at once: else there are no registers for them
 
     @T.inline
     def kernel(x, planes, scales, z, bias, y, M):
@@ -173,7 +173,6 @@ def _look_up(spec: Spec, launch: Launch, wide: int, offset: bool) -> Any:
                         table = T.sblock_alloc_buffer((8,), "float32", scope="local")
                         total = T.sblock_alloc_buffer((R,), "float32", scope="local")
                         word = T.sblock_alloc_buffer((S, bases, V), "uint32", scope="local")
-                        later = T.sblock_alloc_buffer((S, bases, V), "uint32", scope="local")
                         scale = T.sblock_alloc_buffer((V,), scales.dtype, scope="local")
                         found = T.sblock_alloc_buffer((R, bases, V), "float32", scope="local")
                         sums = T.sblock_alloc_buffer((R, V), "float32", scope="local")
@@ -186,22 +185,13 @@ def _look_up(spec: Spec, launch: Launch, wide: int, offset: bool) -> Any:
                         for r in T.unroll(R):
                             for v in T.unroll(V):
                                 sums[r, v] = T.float32(0)
-                        if ahead:
-                            for w in T.unroll(S):
-                                for b in T.unroll(bases):
-                                    for v in T.vectorized(V):
-                                        later[w, b, v] = planes[
-                                            b, tile, T.min(t // TILE_ROWS * S + w, words - 1), first + v
-                                        ]
                         for turn in T.serial(turns):
                             segment = T.meta_var(turn * (2 * warps) + t // TILE_ROWS)
-                            if ahead:
-                                for w in T.unroll(S):
-                                    after = T.meta_var(T.min((segment + 2 * warps) * S + w, words - 1))
-                                    for b in T.unroll(bases):
-                                        for v in T.vectorized(V):
-                                            word[w, b, v] = later[w, b, v]
-                                            later[w, b, v] = planes[b, tile, after, first + v]
+                            for w in T.unroll(S if early else 0):
+                                number = T.meta_var(T.min(segment * S + w, words - 1))
+                                for b in T.unroll(bases):
+                                    for v in T.vectorized(V):
+                                        word[w, b, v] = planes[b, tile, number, first + v]
                             for r in T.unroll(R):
                                 total[r] = T.float32(0)
                                 for b in T.unroll(bases):
@@ -209,7 +199,7 @@ def _look_up(spec: Spec, launch: Launch, wide: int, offset: bool) -> Any:
                                         found[r, b, v] = T.float32(0)
                             for w in T.unroll(S):
                                 number = T.meta_var(segment * S + w)
-                                if not ahead:
+                                if not early:
                                     for b in T.unroll(bases):
                                         for v in T.vectorized(V):
                                             word[w, b, v] = planes[b, tile, T.min(number, words - 1), first + v]

@@ -71,13 +71,16 @@ def test_large(bases: int, mode: str, arch: str | None) -> None:
 
 @pytest.mark.parametrize("bases", (1, 2, 3, 4))
 def test_prompts(bases: int) -> None:
-    """More than a GPU multiplies at a time; rows that cannot be copied 16 bytes at a time; outputs one by one."""
+    """More than a GPU multiplies at a time, and less; rows that the copy engine cannot take; outputs one by one."""
     rng = np.random.default_rng(bases)
     for K, N, group, rows in (
         (520, 2056, 128, 2300),
         (1160, 2050, 256, 2300),
         (333, 1001, 333, 700),
         (4096, 512, 512, 400),
+        (4096, 1024, 128, 64),  # few outputs: slices of the inputs, here two, three and four
+        (14336, 4096, 128, 64),
+        (14336, 600, 128, 200),
     ):
         layer = make_layer(rng, K, N, bases, group, dtype=np.float16, offset=bases < 3, bias=True)
         check(with_garbage(rng, layer), rows, torch.float16)

@@ -55,7 +55,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("CUDA kernels were NOT tested: no C++ compiler, or no CUDA headers in /usr/local/cuda")
     path = tmp_path_factory.mktemp("cuda") / "kernels.so"
     folders = [ROOT / "tests/native/cuda_on_cpu", ROOT / "custom_ops", ROOT / "custom_ops/include", HEADERS]
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", *(f"-I{folder}" for folder in folders)]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-psabi", *(f"-I{folder}" for folder in folders)]
     source = ROOT / "tests/native/cuda_on_cpu/kernels.cc"
     subprocess.run([CXX, *flags, "-o", str(path), str(source)], check=True)
     return ctypes.CDLL(str(path))
@@ -191,18 +191,30 @@ def test_cluster(library: ctypes.CDLL, bases: int) -> None:
 @pytest.mark.parametrize("bases", [1, 2, 3, 4])
 def test_prompt(library: ctypes.CDLL, bases: int) -> None:
     rng = np.random.default_rng(bases)
-    shapes = ((128, 130, 128, 128), (304, 40, 304, 256), (1160, 33, 256, 64), (776, 300, 128, 256))
-    for K, N, group, tokens in shapes:
+    shapes = ((128, 130, 128, 2128), (304, 40, 304, 2256), (1160, 33, 256, 2064), (776, 300, 128, 2256))
+    for K, N, group, how in shapes:
         layer = make_layer(rng, K, N, bases, group, dtype=np.float16, offset=bool(rng.integers(2)))
         x = inputs(rng, int(rng.integers(1, 140)), K)
-        run(library, with_garbage(rng, layer), x, FLOAT16, PROMPT, tokens, 4)
+        run(library, with_garbage(rng, layer), x, FLOAT16, PROMPT, how, 4)
+
+
+@pytest.mark.parametrize("slices", [2, 3, 4])
+def test_prompt_in_slices(library: ctypes.CDLL, slices: int) -> None:
+    """A cluster for each part; slices without chunks of their own, too."""
+    rng = np.random.default_rng(slices)
+    for (K, N, group), tokens in itertools.product(((128, 300, 128), (1160, 40, 256)), (64, 128, 256)):
+        layer = make_layer(rng, K, N, 3, group, dtype=np.float16, offset=bool(rng.integers(2)))
+        x, outputs = inputs(rng, int(rng.integers(1, 2 * tokens)), K), -(-N // 256)
+        clusters = outputs * -(-len(x) // tokens)
+        how = 2000 * slices + tokens
+        run(library, with_garbage(rng, layer), x, FLOAT16, PROMPT, how, 2 * slices * clusters)
 
 
 def test_prompt_of_many_rows(library: ctypes.CDLL) -> None:
     """Several parts for each block; their order has a second set of rows, a smaller one."""
     rng = np.random.default_rng(0)
     layer = make_layer(rng, 40, 272, 2, 40, dtype=np.float16, offset=True)
-    run(library, with_garbage(rng, layer), inputs(rng, 2200, 40), FLOAT16, PROMPT, 128, 4)
+    run(library, with_garbage(rng, layer), inputs(rng, 2200, 40), FLOAT16, PROMPT, 2128, 4)
 
 
 @pytest.mark.parametrize("bases", [1, 3, 5, 8])

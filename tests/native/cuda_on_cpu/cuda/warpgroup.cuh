@@ -21,6 +21,11 @@ inline void wait_for_cluster() {
   while (s.entered < s.fibers.size() * emulate::now().entered) emulate::let_others_run();
 }
 
+inline void meet_cluster() {
+  enter_cluster();
+  wait_for_cluster();
+}
+
 inline uint32_t address_in_block(const void* p, int rank) {
   return static_cast<uint32_t>(rank) << 24 | shared_address(p);
 }
@@ -48,10 +53,10 @@ struct Matrix {
   int64_t columns, rows, box_columns, box_rows;
 };
 
-inline void copy_box(void* to, const CUtensorMap* map, int x, int y, uint64_t* barrier) {
+inline void copy_box(void* to, const CUtensorMap* map, int x, int y, uint64_t* barrier, int first) {
   Matrix m;
   std::memcpy(&m, map, sizeof m);
-  for (int rank = 0; rank < cluster_size(); ++rank) {
+  for (int rank = first; rank < first + 2; ++rank) {
     char* start = place_in_cluster(address_in_block(to, rank));
     auto* told = reinterpret_cast<uint64_t*>(place_in_cluster(address_in_block(barrier, rank)));
     emulate::state().barriers.at(told).copies.push_back([=] {
