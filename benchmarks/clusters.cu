@@ -277,7 +277,7 @@ int main(int argc, char** argv) {
           if (v.bases != b || (filter != "all" && v.name.find(filter) == std::string::npos && v.kind != 1)) continue;
           const int m = v.kind == 1 ? 1 : M;
           if (v.kind != 1 && v.tokens < M && v.tokens < 32) continue;  // rounds only from 32 rows on
-          if (v.kind != 1 && v.kind != 4 && v.tokens >= 2 * std::max(M, 8)) continue;
+          if (v.kind != 1 && v.tokens >= 2 * std::max(M, 8)) continue;
           std::string line;
           for (int blocks : {1, 2, 4, 8}) {
             if (v.kind != 0 && blocks > 1) continue;

@@ -118,8 +118,9 @@ bool fits(const Rule& rule, const Weights& w, const Rows& rows, int64_t M, bool 
     case Path::kBatch: return batch_block(w.words, w.bases, kColumn, device.shared_memory) >= kBatchPiece;
     case Path::kCluster: {
       const ClusterShape shape = cluster_shape(w, rows.type, M, device);
+      if (shape.rows == 0 || M <= kClusterOnly) return shape.rows != 0;
       const PromptShape other = prompt_shape(w, rows, M, device);
-      return shape.rows != 0 && (other.rows == 0 || M <= kClusterOnly || shape.cost <= other.cost);
+      return other.rows == 0 || shape.cost <= other.cost;
     }
     case Path::kPrompt: return prompt_shape(w, rows, M, device).rows != 0;
     default: return true;

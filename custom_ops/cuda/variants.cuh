@@ -13,6 +13,17 @@ namespace qbb::cuda {
 
 using Kernel = void (*)(Weights, Rows);
 
+// f(std::integral_constant<int, bases>{}), bases from 1 to 4.
+template <class F>
+auto with_bases(int bases, const F& f) {
+  switch (bases) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    default: return f(std::integral_constant<int, 4>{});
+  }
+}
+
 template <int kBases>
 Kernel decode_kernel(int bits, int step) {
   if (bits == 8) return step == 1 ? decode<kBases, 8, 1> : step == 2 ? decode<kBases, 8, 2> : decode<kBases, 8, 4>;
@@ -39,31 +50,16 @@ Kernel batch_kernel(int columns) {
 }
 
 inline Kernel decode_kernel(int bases, int bits, int step) {
-  switch (bases) {
-    case 1: return decode_kernel<1>(bits, step);
-    case 2: return decode_kernel<2>(bits, step);
-    case 3: return decode_kernel<3>(bits, step);
-    default: return decode_kernel<4>(bits, step);
-  }
+  return with_bases(bases, [=](auto b) { return decode_kernel<b.value>(bits, step); });
 }
 
 inline Kernel bulk_kernel(int bases, int bits, int step) {
-  switch (bases) {
-    case 1: return bulk_kernel<1>(bits, step);
-    case 2: return bulk_kernel<2>(bits, step);
-    case 3: return bulk_kernel<3>(bits, step);
-    default: return bulk_kernel<4>(bits, step);
-  }
+  return with_bases(bases, [=](auto b) { return bulk_kernel<b.value>(bits, step); });
 }
 
 template <class How>
 Kernel batch_kernel(int bases, int columns) {
-  switch (bases) {
-    case 1: return batch_kernel<How, 1>(columns);
-    case 2: return batch_kernel<How, 2>(columns);
-    case 3: return batch_kernel<How, 3>(columns);
-    default: return batch_kernel<How, 4>(columns);
-  }
+  return with_bases(bases, [=](auto b) { return batch_kernel<How, b.value>(columns); });
 }
 
 // A variant of `prompt`.
@@ -74,13 +70,7 @@ struct Prompt {
 
 template <int kTokens, bool kSliced>
 Prompt prompt_variant(int bases) {
-  constexpr size_t kMemory = kPromptMemory<kTokens>;
-  switch (bases) {
-    case 1: return {prompt<1, kTokens, kSliced>, kMemory};
-    case 2: return {prompt<2, kTokens, kSliced>, kMemory};
-    case 3: return {prompt<3, kTokens, kSliced>, kMemory};
-    default: return {prompt<4, kTokens, kSliced>, kMemory};
-  }
+  return with_bases(bases, [](auto b) { return Prompt{prompt<b.value, kTokens, kSliced>, kPromptMemory<kTokens>}; });
 }
 
 template <bool kSliced>
@@ -130,12 +120,7 @@ Cluster cluster_variant(Type type, int rows) {
 
 // `rows`: one of kClusterRows; up to 16 for float32.
 inline Cluster cluster_variant(int bases, Type type, int rows) {
-  switch (bases) {
-    case 1: return cluster_variant<1>(type, rows);
-    case 2: return cluster_variant<2>(type, rows);
-    case 3: return cluster_variant<3>(type, rows);
-    default: return cluster_variant<4>(type, rows);
-  }
+  return with_bases(bases, [=](auto b) { return cluster_variant<b.value>(type, rows); });
 }
 
 }  // namespace qbb::cuda

@@ -48,13 +48,7 @@ extern "C" int run_on_cpu(int path, int option, int blocks, const Weights* w, co
       if (option % 100 == 32) pick_cluster(HalfProducts<32, true>{}, ClusterPlan<2, 6, 4, 1>{});
     }
   };
-  switch (w->bases) {
-    case 1: pick(std::integral_constant<int, 1>{}); break;
-    case 2: pick(std::integral_constant<int, 2>{}); break;
-    case 3: pick(std::integral_constant<int, 3>{}); break;
-    case 4: pick(std::integral_constant<int, 4>{}); break;
-    default: break;
-  }
+  if (path == 5 || path == 6) with_bases(w->bases, pick);
   if (path == 0) {
     kernel = decode_kernel(w->bases, option / 100, option % 100);
     threads = kDecodeWarps * 32;
