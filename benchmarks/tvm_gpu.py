@@ -66,16 +66,14 @@ def file_of(spec: fmt.Spec, offset: bool, label: str) -> str:
 def compile_all(folder: Path, bases: list[int], sweep: bool) -> None:
     """Write all modules."""
     target = prepare(folder)
-    from qbb_export.runtimes.tvm import gpu
-
     jobs: list[tuple[str, Any]] = []
     for K, N in SHAPES:
         for b in bases:
             spec = fmt.Spec(K, N, b, GROUP_SIZE, fmt.LAYOUT_TILED)
-            jobs.append((file_of(spec, False, "tvm"), gpu.product(spec, "float16", cuda=True, offset=False)))
+            jobs.append((file_of(spec, False, "tvm"), product(spec)))
             jobs.append((file_of(spec, False, "dlight"), dlight_product(spec, target)))
             jobs += [
-                (file_of(spec, False, label), gpu.product(spec, "float16", cuda=True, offset=False, cut=cut))
+                (file_of(spec, False, label), product(spec, cut=cut))
                 for label, cut in (swept(spec) if sweep else [])
             ]
     compile_jobs(folder, target, jobs)
@@ -84,11 +82,16 @@ def compile_all(folder: Path, bases: list[int], sweep: bool) -> None:
 def compile_exact(folder: Path) -> None:
     """Write what :func:`check` needs."""
     target = prepare(folder)
+    specs = [(fmt.Spec(*numbers, fmt.LAYOUT_TILED), offset) for *numbers, offset in EXACT]
+    jobs = [(file_of(s, z, "tvm"), product(s, offset=z)) for s, z in specs]
+    compile_jobs(folder, target, jobs)
+
+
+def product(spec: fmt.Spec, **options: Any) -> Any:
+    """The operator with our schedule."""
     from qbb_export.runtimes.tvm import gpu
 
-    specs = [(fmt.Spec(*numbers, fmt.LAYOUT_TILED), offset) for *numbers, offset in EXACT]
-    jobs = [(file_of(s, z, "tvm"), gpu.product(s, "float16", cuda=True, offset=z)) for s, z in specs]
-    compile_jobs(folder, target, jobs)
+    return gpu.product(spec, "float16", **{"cuda": True, "offset": False, "begins_early": True, **options})
 
 
 def prepare(folder: Path) -> Any:
@@ -107,10 +110,12 @@ def compile_jobs(folder: Path, target: Any, jobs: list[tuple[str, Any]]) -> None
     """Those whose file is not there yet."""
     import tvm
 
+    from qbb_export.runtimes.tvm.gpu_pipeline import KERNELS
+
     for name, function in track(jobs, "compiling"):
         if not (folder / name).is_file():
             with target:
-                tvm.compile(function, target).export_library(str(folder / "part.so"))
+                tvm.compile(function, target, tir_pipeline=KERNELS).export_library(str(folder / "part.so"))
             (folder / "part.so").rename(folder / name)
 
 

@@ -59,7 +59,7 @@ def compile_model(
     if machine.device == "cuda":
         cuda.use_nvcc()
     with described:  # nvcc's callback asks for it
-        executable = tvm.compile(module, described, relax_pipeline=pipeline.pipeline(described))
+        executable = tvm.compile(module, described, **pipeline.pipelines(described))
     scratch = folders.scratch_path(output)
     folders.make_scratch(scratch)
     try:

@@ -69,20 +69,33 @@ def launches(spec: Spec, *, cuda: bool) -> tuple[Launch, ...]:
     many = Launch(8, 1, min(16, spec.words))
     if not cuda:
         return replace(many, rows=1), replace(many, rows=2), replace(many, rows=4), many
-    # More blocks than a large GPU has multiprocessors, if there are enough tiles. A lane's registers hold the rest;
-    # those for more rows of X are there for fewer threads.
-    tiles = 4 if spec.tiles >= 512 else 1
-    segments = -(-spec.words // segment_words(spec, 4))
-    turns = -(-segments // 32)
-    warps = -(-segments // (2 * turns))  # at most 16, and none of them idle for a turn
-    one = Launch(1, tiles, warps, look_up=True)
-    more = replace(one, splits=min(warps, 8))
-    return one, replace(more, rows=2), replace(more, rows=4, tiles=min(tiles, 2)), many
+    # About as many warps at a time as a large GPU holds, none idle for a turn: measured by benchmarks/tvm_gpu.py --sweep.
+    # A lane that reads more tiles has X's sums for all of them, in registers that those for more rows of X need, too.
+    large, middle = spec.tiles >= 512, spec.tiles >= 192
+    more = _look_ups(spec, tiles=4 if large else 1, warps=8)
+    if middle and not large:
+        one = _look_ups(spec, tiles=2, warps=32)
+    else:
+        one = _look_ups(spec, tiles=more.tiles, warps=16)
+    return one, replace(more, rows=2), replace(more, rows=4, tiles=min(more.tiles, 2)), many
+
+
+def _look_ups(spec: Spec, *, tiles: int, warps: int) -> Launch:
+    """For one row of X, at most ``warps``; long segments, unless they leave warps without any."""
+    words = 4 if -(-spec.words // segment_words(spec, 4)) >= 1.5 * warps else 2
+    segments = -(-spec.words // segment_words(spec, words))
+    turns = -(-segments // (2 * warps))
+    return Launch(1, tiles, -(-segments // (2 * turns)), words, look_up=True)
 
 
 def is_gpu(target: Any) -> bool:
     """Whether a ``tvm.target.Target`` is a GPU that we have kernels for."""
     return str(target.kind.name) in GPU_KINDS
+
+
+def begins_early(target: Any) -> bool:
+    """Whether a kernel may start while the one before it ends (CUDA's programmatic dependent launch): from sm_90 on."""
+    return target.kind.name == "cuda" and int("".join(filter(str.isdigit, str(target.attrs["arch"])))) >= 90
 
 
 def emit(builder: Any, call: Any, target: Any) -> Any:
@@ -92,7 +105,8 @@ def emit(builder: Any, call: Any, target: Any) -> Any:
         scales = relax.const(scales.value.numpy().astype(np.float32))
     offset = bool(call.offset.value.numpy().any())
     z = call.offset if offset else relax.const(np.zeros((1, 1, TILE_ROWS), np.float32))
-    function = product(spec, str(scales.value.numpy().dtype), cuda=kind == "cuda", offset=offset)
+    early = begins_early(target)
+    function = product(spec, str(scales.value.numpy().dtype), cuda=kind == "cuda", offset=offset, begins_early=early)
     name = f"binary_basis_matmul_{spec.K}_{spec.N}_{spec.bases}"
     kernel = builder.add_func(function.without_attr("global_symbol"), name)
     constants = [call.planes, scales, z, call.bias]
@@ -104,7 +118,15 @@ def segment_words(spec: Spec, most: int) -> int:
     return most if spec.group_size == spec.K else math.gcd(spec.group_size // WORD_BITS, most)
 
 
-def product(spec: Spec, scale_dtype: str, *, cuda: bool, offset: bool, cut: tuple[Launch, ...] = ()) -> Any:
+def product(
+    spec: Spec,
+    scale_dtype: str,
+    *,
+    cuda: bool,
+    offset: bool,
+    begins_early: bool = False,
+    cut: tuple[Launch, ...] = (),
+) -> Any:
     """PrimFunc with the parameters of :func:`operator.exact`; it takes one of four kernels by M.
 
     Args:
@@ -112,13 +134,15 @@ def product(spec: Spec, scale_dtype: str, *, cuda: bool, offset: bool, cut: tupl
         scale_dtype: ``"float16"`` or ``"float32"``.
         cuda: look-ups for few rows of X, loads of 16 bytes.
         offset: False: the offset is 0, and not read; its shape is then ``[1, 1, 16]``.
+        begins_early: kernels read weights, and wait for the kernel before them before they read X. To be compiled with
+            ``gpu_pipeline.KERNELS``.
         cut: instead of :func:`launches`.
     """
     K, N, bases, tiles, words, groups = spec.K, spec.N, spec.bases, spec.tiles, spec.words, spec.groups
     z_shape = (tiles, groups, TILE_ROWS) if offset else (1, 1, TILE_ROWS)
     wide = 4 if cuda and K % 4 == 0 else 1
     one, two, few, many = (
-        (_look_up if launch.look_up else _multiply)(spec, launch, wide, offset)
+        (_look_up if launch.look_up else _multiply)(spec, launch, wide, offset, begins_early)
         for launch in cut or launches(spec, cuda=cuda)
     )
 
@@ -148,7 +172,7 @@ def product(spec: Spec, scale_dtype: str, *, cuda: bool, offset: bool, cut: tupl
     return binary_basis_matmul
 
 
-def _look_up(spec: Spec, launch: Launch, wide: int, offset: bool) -> Any:
+def _look_up(spec: Spec, launch: Launch, wide: int, offset: bool, begins_early: bool) -> Any:
     K, N, bases, all_tiles, words = spec.K, spec.N, spec.bases, spec.tiles, spec.words
     R, V, warps = launch.rows, launch.tiles, launch.splits
     S = segment_words(spec, launch.words)
@@ -157,7 +181,7 @@ def _look_up(spec: Spec, launch: Launch, wide: int, offset: bool) -> Any:
     lanes = TILE_ROWS // V  # that share a tile
     threads = WARP * warps
     group_words = words if spec.group_size == K else spec.group_size // WORD_BITS
-    early = V == 1 and R == 1  # all words of a segment at once: else there are no registers for them
+    early = V <= 2 and R == 1  # all words of a segment at once: else there are no registers for them
 
     @T.inline
     def kernel(x, planes, scales, z, bias, y, M):
@@ -180,6 +204,10 @@ def _look_up(spec: Spec, launch: Launch, wide: int, offset: bool) -> Any:
                         lane = T.meta_var(t % TILE_ROWS)  # of its half-warp
                         tile = T.meta_var(T.min(block * V + lane // lanes, all_tiles - 1))
                         first = T.meta_var(lane % lanes * V)  # row in the tile
+                        if begins_early:
+                            T.ptx.griddepcontrol.launch_dependents()
+                            if not early:
+                                T.ptx.griddepcontrol.wait()
                         for i in T.unroll(4):
                             sign[i] = T.Select(((t >> i) & 1) == 1, T.float32(1), T.float32(-1))
                         for r in T.unroll(R):
@@ -192,6 +220,9 @@ def _look_up(spec: Spec, launch: Launch, wide: int, offset: bool) -> Any:
                                 for b in T.unroll(bases):
                                     for v in T.vectorized(V):
                                         word[w, b, v] = planes[b, tile, number, first + v]
+                            if begins_early and early:
+                                if turn == 0:
+                                    T.ptx.griddepcontrol.wait()
                             for r in T.unroll(R):
                                 total[r] = T.float32(0)
                                 for b in T.unroll(bases):
@@ -262,7 +293,7 @@ def _look_up(spec: Spec, launch: Launch, wide: int, offset: bool) -> Any:
     return kernel
 
 
-def _multiply(spec: Spec, launch: Launch, wide: int, offset: bool) -> Any:
+def _multiply(spec: Spec, launch: Launch, wide: int, offset: bool, begins_early: bool) -> Any:
     K, N, bases, tiles, words = spec.K, spec.N, spec.bases, spec.tiles, spec.words
     R, splits = launch.rows, launch.splits
     S = segment_words(spec, launch.words)
@@ -286,6 +317,9 @@ def _multiply(spec: Spec, launch: Launch, wide: int, offset: bool) -> Any:
                         sums = T.sblock_alloc_buffer((R,), "float32", scope="local")
                         parts = T.sblock_alloc_buffer((splits, R, TILE_ROWS), "float32", scope="shared")
                         n = T.meta_var(t % TILE_ROWS)
+                        if begins_early:
+                            T.ptx.griddepcontrol.launch_dependents()
+                            T.ptx.griddepcontrol.wait()
                         for r in T.unroll(R):
                             sums[r] = T.float32(0)
                         for turn in T.serial(turns):

@@ -13,8 +13,13 @@ from qbb_export.runtimes.tvm.gpu import is_gpu
 from qbb_export.runtimes.tvm.lower import LowerBinaryBasis, is_hexagon
 
 
-def pipeline(target: Any) -> Any:
-    """For a ``tvm.target.Target``: our passes, and TVM's own around them."""
+def pipelines(target: Any) -> dict[str, Any]:
+    """What ``tvm.compile`` is to do for a ``tvm.target.Target``: our passes, and TVM's own around them."""
+    kernels = gpu_pipeline.KERNELS if target.kind.name == "cuda" else "default"
+    return {"relax_pipeline": _relax_pipeline(target), "tir_pipeline": kernels}
+
+
+def _relax_pipeline(target: Any) -> Any:
 
     def run(module: Any, _: Any) -> Any:
         with target:

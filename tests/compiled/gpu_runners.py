@@ -45,11 +45,15 @@ def need_webgpu() -> None:
 
 def emulated_cuda(sources: Sources, layer: Layer, folder: Path) -> Run:
     """CUDA's source, compiled for this machine."""
-    (folder / "source.cuh").write_text(sources.source)
+    wait, launch = (f'asm volatile("griddepcontrol.{what};" :  :  : "memory");' for what in ("wait", "launch_dependents"))
+    assert wait in sources.source
+    source = sources.source.replace(wait, "wait_for_kernel_before();").replace(launch, "")
+    (folder / "source.cuh").write_text(source)
     calls = ""
     for kernel in sources.kernels:
         values = ", ".join(a if a == "M" else f"Pointer{{{a}}}" for a in kernel.arguments)
-        run = f"return emulate::run(dim3(gx, gy), threads, 0, [=] {{ {kernel.name}({values}); }});"
+        run = f"x = not_yet(x, M * {sources.spec.K}); "
+        run += f"return emulate::run(dim3(gx, gy), threads, 0, [=] {{ {kernel.name}({values}); }}) && waited;"
         calls += f'extern "C" bool run_{kernel.name}({_C_ARGUMENTS}) {{ {run} }}\n'
     (folder / "all.cc").write_text(f'#include "{ROOT}/tests/compiled/cuda_source.cc"\n{calls}')
     include = [f"-I{path}" for path in (ROOT / "tests/native/cuda_on_cpu", CUDA_HEADERS)]
@@ -66,7 +70,7 @@ def emulated_cuda(sources: Sources, layer: Layer, folder: Path) -> Run:
         grid = kernel.launch.grid(sources.spec, len(x))
         numbers = (ctypes.c_int64(len(x)), *map(ctypes.c_uint, grid), kernel.launch.threads)
         memory = [ctypes.c_void_p(array.ctypes.data) for array in (*constants, np.ascontiguousarray(x), y)]
-        assert function(*memory, *numbers), "threads wait for each other"
+        assert function(*memory, *numbers), "threads wait for each other, or not for the kernel before"
         return y
 
     return run_once

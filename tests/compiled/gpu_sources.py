@@ -11,6 +11,7 @@ import tvm
 
 from qbb_export.format import TILE_ROWS, Spec
 from qbb_export.runtimes.tvm import gpu
+from qbb_export.runtimes.tvm.pipeline import pipelines
 from qbb_export.runtimes.tvm.targets import TARGETS
 from tests.kernels.layers import Layer
 
@@ -65,12 +66,12 @@ def compile_product(layer: Layer, target: str, kind: str) -> Sources:
     spec = layer.spec
     constants = arrays(layer, kind)
     cut = gpu.launches(spec, cuda=kind == "cuda")
-    function = gpu.product(
-        spec, str(constants["scales"].dtype), cuda=kind == "cuda", offset=bool(constants["z"].any()), cut=cut
-    )
     described = tvm.target.Target(dict(TARGETS[target].description))
+    options = {"cuda": kind == "cuda", "offset": bool(constants["z"].any())}
+    early = gpu.begins_early(described)
+    function = gpu.product(spec, str(constants["scales"].dtype), begins_early=early, cut=cut, **options)
     with described:  # where an earlier test has brought in nvcc, its callback asks for it
-        module = tvm.compile(function, described).mod
+        module = tvm.compile(function, described, **pipelines(described)).mod
     source = next(part.inspect_source() for part in _all(module) if part.kind == kind)
     order = [cut[0], cut[1], cut[3], cut[2]]  # as the host's code asks for them
     found = {}

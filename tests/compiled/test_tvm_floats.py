@@ -10,7 +10,7 @@ import pytest
 tvm = pytest.importorskip("tvm", reason="TVM was NOT tested: pip install 'qbb-export[tvm]'")
 from tvm import relax, tirx  # noqa: E402
 
-from qbb_export.runtimes.tvm.pipeline import pipeline  # noqa: E402
+from qbb_export.runtimes.tvm.pipeline import pipelines  # noqa: E402
 from qbb_export.runtimes.tvm.targets import TARGETS, describe  # noqa: E402
 
 EPS = float(np.finfo(np.float32).eps)
@@ -34,7 +34,7 @@ def module_of(build: Any, *inputs: tuple[Any, ...]) -> Any:
 
 
 def compiled(build: Any, *inputs: tuple[Any, ...]) -> Any:
-    executable = relax.build(module_of(build, *inputs), TARGET, relax_pipeline=pipeline(TARGET))
+    executable = relax.build(module_of(build, *inputs), TARGET, **pipelines(TARGET))
     machine = relax.VirtualMachine(executable, tvm.cpu())
     return lambda *arrays: machine["main"](*map(tvm.runtime.tensor, arrays)).numpy()
 
@@ -78,7 +78,7 @@ def test_scores(width: int | str) -> None:
 
 def functions(build: Any, *inputs: tuple[Any, ...]) -> set[str]:
     with TARGET:
-        return {name.name_hint for name in pipeline(TARGET)(module_of(build, *inputs)).functions}
+        return {name.name_hint for name in pipelines(TARGET)["relax_pipeline"](module_of(build, *inputs)).functions}
 
 
 def test_a_transpose_that_is_read_elsewhere_stays() -> None:
