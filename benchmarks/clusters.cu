@@ -17,6 +17,8 @@
 
 #include "cuda/batch.cuh"
 #include "cuda/cluster.cuh"
+#include "cuda/cluster_bits.cuh"
+#include "cuda/cluster_halves.cuh"
 #include "cuda/decode.cuh"
 #include "cuda/prepare.cuh"
 
@@ -56,13 +58,13 @@ void add_variants(std::vector<Variant>& v) {
   v.push_back({"old bytes8", batch<Bytes, kBases, 1>, kBases, 8, kBatchWarps * 32, 3, nullptr, nullptr});
   v.push_back({"old bytes16", batch<Bytes, kBases, 2>, kBases, 16, kBatchWarps * 32, 3, nullptr, nullptr});
   v.push_back({"old halves64", batch<Halves<false>, kBases, 8>, kBases, 64, kBatchWarps * 32, 2, nullptr, nullptr});
-  v.push_back(cluster_of<ByteProducts<8, false>, kBases, 2, 8, 2, 1>("bytes"));
-  v.push_back(cluster_of<ByteProducts<8, false>, kBases, 2, 6, 4, 1>("bytes"));
+  v.push_back(cluster_of<BitProducts<8, false>, kBases, 2, 8, 2, 1>("bits"));
+  v.push_back(cluster_of<BitProducts<8, false>, kBases, 2, 6, 4, 1>("bits"));
   v.push_back(cluster_of<HalfProducts<8, false>, kBases, 2, 8, 2, 1>("halves"));
   v.push_back(cluster_of<HalfProducts<8, false>, kBases, 2, 6, 4, 1>("halves"));
   v.push_back(cluster_of<HalfProducts<8, false>, kBases, 3, 6, 4, 1>("halves"));
   v.push_back(cluster_of<HalfProducts<8, false>, kBases, 2, 4, 8, 1>("halves"));
-  v.push_back(cluster_of<ByteProducts<16, false>, kBases, 2, 6, 4, 1>("bytes"));
+  v.push_back(cluster_of<BitProducts<16, false>, kBases, 2, 6, 4, 1>("bits"));
   v.push_back(cluster_of<HalfProducts<16, false>, kBases, 2, 8, 2, 1>("halves"));
   v.push_back(cluster_of<HalfProducts<16, false>, kBases, 2, 6, 4, 1>("halves"));
   v.push_back(cluster_of<HalfProducts<16, false>, kBases, 3, 6, 4, 1>("halves"));

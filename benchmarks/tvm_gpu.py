@@ -37,6 +37,7 @@ SHAPES: Final = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672))
 EXACT: Final = (  # K, N, bases, group size, offset: through every path and remainder
     *((1, 1, 1, 1, True), (31, 3, 2, 31, False), (130, 33, 3, 64, True), (300, 40, 4, 300, False)),
     *((1000, 70, 8, 96, True), (4096, 520, 3, 128, False), (1024, 16400, 2, 128, True)),
+    *((512, 512, 2, 128, False), (4096, 4096, 2, 128, False), (8192, 8192, 2, 128, False)),
 )
 FUNCTION: Final = "binary_basis_matmul"
 
@@ -73,8 +74,7 @@ def compile_all(folder: Path, bases: list[int], sweep: bool) -> None:
             jobs.append((file_of(spec, False, "tvm"), product(spec)))
             jobs.append((file_of(spec, False, "dlight"), dlight_product(spec, target)))
             jobs += [
-                (file_of(spec, False, label), product(spec, cut=cut))
-                for label, cut in (swept(spec) if sweep else [])
+                (file_of(spec, False, label), product(spec, cut=cut)) for label, cut in (swept(spec) if sweep else [])
             ]
     compile_jobs(folder, target, jobs)
 
@@ -121,10 +121,10 @@ def compile_jobs(folder: Path, target: Any, jobs: list[tuple[str, Any]]) -> None
 
 def swept(spec: fmt.Spec) -> list[tuple[str, Any]]:
     """Launches for one row of X to choose from; the other kernels are there in name only."""
-    from qbb_export.runtimes.tvm.gpu import Launch
+    from qbb_export.runtimes.tvm.gpu_launch import Launch
 
     least = Launch(1, 1, 1)
-    cuts = [(t, s, 4) for t in (1, 2, 4) for s in (4, 8, 16)]
+    cuts = [(t, s, w) for t in (1, 2, 4) for s in (8, 16, 32) for w in (2, 4)]
     return [(f"t{t}s{s}w{w}", (Launch(1, t, s, w, look_up=True), least, least, least)) for t, s, w in cuts]
 
 

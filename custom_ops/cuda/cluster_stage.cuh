@@ -1,11 +1,10 @@
 // Shared memory of cluster.cuh, and what brings X and weights there.
 #pragma once
 
-#include "cuda/cluster_products.cuh"
+#include "cuda/cluster_piece.cuh"
 
 namespace qbb::cuda {
 
-constexpr int kClusterTiles = 4;      // of 16 outputs: one for each warp of a warpgroup; together a set
 constexpr int kMostBlocks = 8;        // of a cluster
 constexpr int kWarpgroupThreads = 128;
 
@@ -25,19 +24,36 @@ struct ClusterPlan {
   static_assert(kPiece % 2 == 0 && kStages % kWarpgroups == 0, "");
 };
 
-// For `cluster` as it is launched: as many stages as leave room for X.
+// For `cluster` as it is launched: as many stages as leave room for X, as many warpgroups as leave registers for sums.
 template <int kTokens, int kBases>
-using UsualPlan = std::conditional_t<(kTokens <= 16), ClusterPlan<kBases < 4 ? 3 : 2, kBases < 4 ? 6 : 4, 4, 1>,
-                                     std::conditional_t<(kTokens < 64), ClusterPlan<2, 8, 2, 1>,
-                                                        ClusterPlan<kBases < 4 ? 2 : 1, 4, 2, 1>>>;
+struct UsualPlan {
+  using Plan = ClusterPlan<3, 6, 4, 1>;
+};
+template <>
+struct UsualPlan<8, 4> {
+  using Plan = ClusterPlan<4, 8, 2, 1>;
+};
+template <>
+struct UsualPlan<16, 4> {
+  using Plan = ClusterPlan<2, 4, 4, 1>;
+};
+template <int kBases>
+struct UsualPlan<32, kBases> {
+  using Plan = ClusterPlan<2, 8, 2, 1>;
+};
+template <int kBases>
+struct UsualPlan<64, kBases> {
+  using Plan = ClusterPlan<kBases < 4 ? 2 : 1, 4, 2, 1>;
+};
 
 // Where things are, in bytes: stages; sums of all warpgroups of the cluster, twice; levels of each warp; barriers; X
-// [chunks of a block][...], see cluster_products.cuh; numbers [chunks][kTokens] of X, if any. A stage: words
+// [chunks of a block][...], see cluster_bits.cuh and cluster_halves.cuh; numbers [chunks][kTokens] of X, if any. A stage: words
 // [kBases][4 tiles][kPiece][4][16], float16 scales [kBases][4][kPiece][16], offsets [4][kPiece][16].
 template <class How, int kBases, class Plan>
 struct ClusterMemory {
   static constexpr int kTokens = How::kTokens;
-  static constexpr int kChunkBytes = kTokens * kChunk * 2;
+  static constexpr int kChunks = Plan::kPiece;  // of a stage
+  static constexpr int kChunkBytes = kTokens * kChunk * How::kInputBytes;
   static constexpr int kTileWords = Plan::kPiece * kChunkWords * QBB_TILE_ROWS * 4;
   static constexpr int kTileScales = Plan::kPiece * QBB_TILE_ROWS * 2;
   static constexpr int kTileOffsets = Plan::kPiece * QBB_TILE_ROWS * 4;
@@ -47,7 +63,8 @@ struct ClusterMemory {
   static constexpr int kSumBytes = Plan::kMultiply * kTokens / 2 * 4;
   static constexpr int kSums = Plan::kStages * kStage;
   static constexpr int kLevels = kSums + 2 * kSumBytes;
-  static constexpr int kBarriers = kLevels + Plan::kWarpgroups * kClusterTiles * Plan::kPiece * QBB_TILE_ROWS * 16;
+  static constexpr int kBarriers =
+      kLevels + (How::kTables ? Plan::kWarpgroups * kClusterTiles * Plan::kPiece * QBB_TILE_ROWS * 16 : 0);
   static constexpr int kAlign = 1024;
   static constexpr int kX = (kBarriers + (2 * Plan::kStages + 2) * 8 + kAlign - 1) / kAlign * kAlign;
 
@@ -102,7 +119,7 @@ struct TileCopy {
 };
 
 // Rows row .. row + kTokens of X, chunks first .. end, as products want them; then zeros up to `block` chunks.
-template <class How, int kBases, int kThreads>
+template <class How, int kThreads>
 __device__ __forceinline__ void stage_rows(char* to, float2* numbers, const Weights& w, const Rows& rows, int row, int first,
                                            int end, int block, int thread) {
   constexpr int kTokens = How::kTokens, kRaw = How::kRawPieces;
@@ -124,8 +141,8 @@ __device__ __forceinline__ void stage_rows(char* to, float2* numbers, const Weig
     for (int v = 0; v < kRaw; ++v) now[v] = raw[v];
     if (i + kThreads < items) load(raw, i + kThreads);
     const int place = i / kChunkWords, chunk = place / kTokens;
-    How::template stage<kBases>(to + chunk * kTokens * kChunk * 2, numbers + place, now, rows.type, place % kTokens,
-                                i % kChunkWords);
+    How::stage(to + chunk * kTokens * kChunk * How::kInputBytes, numbers + place, now, rows.type, place % kTokens,
+               i % kChunkWords);
   }
 }
 

@@ -5,6 +5,8 @@
 
 #include "cuda/batch.cuh"
 #include "cuda/cluster.cuh"
+#include "cuda/cluster_bits.cuh"
+#include "cuda/cluster_halves.cuh"
 #include "cuda/decode.cuh"
 #include "cuda/decode_bulk.cuh"
 #include "cuda/prompt.cuh"
@@ -96,7 +98,7 @@ struct Cluster {
 template <class How, int kBases>
 Cluster cluster_variant() {
 #if QBB_CUDA_90A
-  using Plan = UsualPlan<How::kTokens, kBases>;
+  using Plan = typename UsualPlan<How::kTokens, kBases>::Plan;
   return Cluster{cluster<How, kBases, Plan>, Plan::kThreads, ClusterMemory<How, kBases, Plan>::bytes, cluster_block<Plan>};
 #else
   return Cluster{};
@@ -105,7 +107,10 @@ Cluster cluster_variant() {
 
 template <int kBases, bool kBrain>
 Cluster halves_variant(int rows) {
-  return rows == 8    ? cluster_variant<HalfProducts<8, kBrain>, kBases>()
+  // Bits cost as much for each basis, look-ups of three hardly more than of two.
+  constexpr bool kBits = kBases != 3;
+  using Few = std::conditional_t<kBits, BitProducts<8, false>, HalfProducts<8, kBrain>>;
+  return rows == 8    ? cluster_variant<Few, kBases>()
          : rows == 16 ? cluster_variant<HalfProducts<16, kBrain>, kBases>()
          : rows == 32 ? cluster_variant<HalfProducts<32, kBrain>, kBases>()
                       : cluster_variant<HalfProducts<64, kBrain>, kBases>();
@@ -115,7 +120,7 @@ template <int kBases>
 Cluster cluster_variant(Type type, int rows) {
   if (type == kFloat16) return halves_variant<kBases, false>(rows);
   if (type == kBFloat16) return halves_variant<kBases, true>(rows);
-  return rows == 8 ? cluster_variant<ByteProducts<8, true>, kBases>() : cluster_variant<ByteProducts<16, true>, kBases>();
+  return rows == 8 ? cluster_variant<BitProducts<8, true>, kBases>() : cluster_variant<BitProducts<16, true>, kBases>();
 }
 
 // `rows`: one of kClusterRows; up to 16 for float32.

@@ -136,10 +136,8 @@ QBB_HALF_PRODUCT(128, "256", "128", "129", "130", "131", "132", "133")
                  : QBB_##kCount(QBB_WHOLE_SUM, 0)                                                                      \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0));                             \
   }
-QBB_BYTE_PRODUCT(4, "8", "4", "5", "6", "7", "8", "9")
 QBB_BYTE_PRODUCT(8, "16", "8", "9", "10", "11", "12", "13")
 QBB_BYTE_PRODUCT(16, "32", "16", "17", "18", "19", "20", "21")
-QBB_BYTE_PRODUCT(32, "64", "32", "33", "34", "35", "36", "37")
 
 #undef QBB_NAMES_4
 #undef QBB_NAMES_8
@@ -172,6 +170,7 @@ __device__ __forceinline__ void wait_for_products() {
 // Sums are read after the wait before this, and not earlier: the compiler does not know that products are under way.
 __device__ __forceinline__ void hold(float& sum) { asm volatile("" : "+f"(sum)::"memory"); }
 __device__ __forceinline__ void hold(int& sum) { asm volatile("" : "+r"(sum)::"memory"); }
+__device__ __forceinline__ void hold(uint32_t& weights) { asm volatile("" : "+r"(weights)::"memory"); }
 
 template <class T, int kCount>
 __device__ __forceinline__ void hold(T (&sums)[kCount]) {

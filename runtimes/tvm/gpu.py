@@ -20,8 +20,6 @@ several rows of X.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -29,63 +27,10 @@ from tvm import relax
 from tvm.script import tirx as T
 
 from qbb_export.format import TILE_ROWS, WORD_BITS, Spec
+from qbb_export.runtimes.tvm.gpu_launch import FEW, WARP, Launch, launches, segment_words
 from qbb_export.runtimes.tvm.targets import GPU_KINDS
 
-WARP: Final = 32
-FEW: Final = 8
 NO_HALF: Final = ("opencl", "webgpu")  # float16 is an extension there, so scales become float32
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a kernel is cut into threads.
-
-    Attributes:
-        rows: rows of X that a block multiplies with.
-        tiles: that a block reads.
-        splits: threads, or warps of a look-up, that share K.
-        words: words of a segment, at most.
-        look_up: which kernel.
-    """
-
-    rows: int
-    tiles: int
-    splits: int
-    words: int = 4
-    look_up: bool = False
-
-    @property
-    def threads(self) -> int:
-        """Of a block."""
-        return self.splits * (WARP if self.look_up else TILE_ROWS)
-
-    def grid(self, spec: Spec, rows: int) -> tuple[int, int]:
-        """Blocks along N and M."""
-        return -(-spec.tiles // self.tiles), -(-rows // self.rows)
-
-
-def launches(spec: Spec, *, cuda: bool) -> tuple[Launch, ...]:
-    """For one row of X, two rows, at most ``FEW`` and more."""
-    many = Launch(8, 1, min(16, spec.words))
-    if not cuda:
-        return replace(many, rows=1), replace(many, rows=2), replace(many, rows=4), many
-    # About as many warps at a time as a large GPU holds, none idle for a turn: measured by benchmarks/tvm_gpu.py --sweep.
-    # A lane that reads more tiles has X's sums for all of them, in registers that those for more rows of X need, too.
-    large, middle = spec.tiles >= 512, spec.tiles >= 192
-    more = _look_ups(spec, tiles=4 if large else 1, warps=8)
-    if middle and not large:
-        one = _look_ups(spec, tiles=2, warps=32)
-    else:
-        one = _look_ups(spec, tiles=more.tiles, warps=16)
-    return one, replace(more, rows=2), replace(more, rows=4, tiles=min(more.tiles, 2)), many
-
-
-def _look_ups(spec: Spec, *, tiles: int, warps: int) -> Launch:
-    """For one row of X, at most ``warps``; long segments, unless they leave warps without any."""
-    words = 4 if -(-spec.words // segment_words(spec, 4)) >= 1.5 * warps else 2
-    segments = -(-spec.words // segment_words(spec, words))
-    turns = -(-segments // (2 * warps))
-    return Launch(1, tiles, -(-segments // (2 * turns)), words, look_up=True)
 
 
 def is_gpu(target: Any) -> bool:
@@ -113,11 +58,6 @@ def emit(builder: Any, call: Any, target: Any) -> Any:
     return relax.call_tir(kernel, [call.x, *constants], relax.TensorType((call.rows, spec.N), "float32"))
 
 
-def segment_words(spec: Spec, most: int) -> int:
-    """Words of a segment: a segment lies in one group."""
-    return most if spec.group_size == spec.K else math.gcd(spec.group_size // WORD_BITS, most)
-
-
 def product(
     spec: Spec,
     scale_dtype: str,
@@ -136,7 +76,7 @@ def product(
         offset: False: the offset is 0, and not read; its shape is then ``[1, 1, 16]``.
         begins_early: kernels read weights, and wait for the kernel before them before they read X. To be compiled with
             ``gpu_pipeline.KERNELS``.
-        cut: instead of :func:`launches`.
+        cut: instead of :func:`gpu_launch.launches`.
     """
     K, N, bases, tiles, words, groups = spec.K, spec.N, spec.bases, spec.tiles, spec.words, spec.groups
     z_shape = (tiles, groups, TILE_ROWS) if offset else (1, 1, TILE_ROWS)
@@ -220,7 +160,7 @@ def _look_up(spec: Spec, launch: Launch, wide: int, offset: bool, begins_early: 
                                 for b in T.unroll(bases):
                                     for v in T.vectorized(V):
                                         word[w, b, v] = planes[b, tile, number, first + v]
-                            if begins_early and early:
+                            if begins_early and early:  # noqa: SIM102  that is Python's condition, the next one TVM's
                                 if turn == 0:
                                     T.ptx.griddepcontrol.wait()
                             for r in T.unroll(R):

@@ -45,7 +45,7 @@ def need_webgpu() -> None:
 
 def emulated_cuda(sources: Sources, layer: Layer, folder: Path) -> Run:
     """CUDA's source, compiled for this machine."""
-    wait, launch = (f'asm volatile("griddepcontrol.{what};" :  :  : "memory");' for what in ("wait", "launch_dependents"))
+    wait, launch = (f'asm volatile("griddepcontrol.{w};" :  :  : "memory");' for w in ("wait", "launch_dependents"))
     assert wait in sources.source
     source = sources.source.replace(wait, "wait_for_kernel_before();").replace(launch, "")
     (folder / "source.cuh").write_text(source)

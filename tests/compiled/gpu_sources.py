@@ -10,7 +10,7 @@ import numpy as np
 import tvm
 
 from qbb_export.format import TILE_ROWS, Spec
-from qbb_export.runtimes.tvm import gpu
+from qbb_export.runtimes.tvm import gpu, gpu_launch
 from qbb_export.runtimes.tvm.pipeline import pipelines
 from qbb_export.runtimes.tvm.targets import TARGETS
 from tests.kernels.layers import Layer
@@ -28,7 +28,7 @@ class Kernel:
 
     name: str
     arguments: tuple[str, ...]
-    launch: gpu.Launch
+    launch: gpu_launch.Launch
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Sources:
     Attributes:
         spec: layout 1.
         source: in the target's language.
-        kernels: for one row, for two, at most ``gpu.FEW`` and more.
+        kernels: for one row, for two, at most ``gpu_launch.FEW`` and more.
     """
 
     spec: Spec
@@ -47,7 +47,7 @@ class Sources:
 
     def kernel(self, rows: int) -> Kernel:
         """The one that the host's code takes."""
-        return self.kernels[min(rows, 3) - 1 if rows <= gpu.FEW else 3]
+        return self.kernels[min(rows, 3) - 1 if rows <= gpu_launch.FEW else 3]
 
 
 def arrays(layer: Layer, kind: str) -> dict[str, np.ndarray]:
@@ -65,7 +65,7 @@ def compile_product(layer: Layer, target: str, kind: str) -> Sources:
     """Compile for a named target and take the source out."""
     spec = layer.spec
     constants = arrays(layer, kind)
-    cut = gpu.launches(spec, cuda=kind == "cuda")
+    cut = gpu_launch.launches(spec, cuda=kind == "cuda")
     described = tvm.target.Target(dict(TARGETS[target].description))
     options = {"cuda": kind == "cuda", "offset": bool(constants["z"].any())}
     early = gpu.begins_early(described)

@@ -10,7 +10,7 @@ import pytest
 tvm = pytest.importorskip("tvm", reason="TVM was NOT tested: pip install 'qbb-export[tvm]'")
 
 from qbb_export import format as fmt  # noqa: E402
-from qbb_export.runtimes.tvm import gpu  # noqa: E402
+from qbb_export.runtimes.tvm import gpu_launch  # noqa: E402
 from tests.compiled import gpu_runners  # noqa: E402
 from tests.compiled.gpu_sources import compile_product  # noqa: E402
 from tests.kernels.layers import group_sizes, make_layer, with_garbage  # noqa: E402
@@ -70,7 +70,7 @@ def test_launches() -> None:
     """Large matrices are cut so that a lane reads more; every way to cut covers all of N and M."""
     for tiles, wanted in ((10, 1), (256, 2), (600, 4), (1024, 4)):
         spec = fmt.Spec(4096, 16 * tiles, 3, 128, fmt.LAYOUT_TILED)
-        cut = gpu.launches(spec, cuda=True)
+        cut = gpu_launch.launches(spec, cuda=True)
         assert cut[0].tiles == wanted
         for launch, rows in zip(cut, (1, 2, 8, 100), strict=True):
             blocks, groups = launch.grid(spec, rows)

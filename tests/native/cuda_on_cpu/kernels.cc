@@ -34,10 +34,10 @@ extern "C" int run_on_cpu(int path, int option, int blocks, const Weights* w, co
     const auto pick_cluster = [&](auto how, auto plan) {
       kernel = cluster_of<decltype(how), kBases, decltype(plan)>(*w, cluster_blocks, threads, memory, operands);
     };
-    if (path == 5 && rows->type == kFloat32) pick_cluster(ByteProducts<8, true>{}, ClusterPlan<2, 4, 2, 1>{});
+    if (path == 5 && rows->type == kFloat32) pick_cluster(BitProducts<8, true>{}, ClusterPlan<2, 4, 2, 1>{});
     if (path == 5 && rows->type != kFloat32) {
-      if (option % 100 == 8) pick_cluster(ByteProducts<8, false>{}, ClusterPlan<1, 2, 4, 1>{});
-      if (option % 100 == 16) pick_cluster(ByteProducts<16, false>{}, ClusterPlan<3, 6, 2, 1>{});
+      if (option % 100 == 8) pick_cluster(BitProducts<8, false>{}, ClusterPlan<1, 2, 4, 1>{});
+      if (option % 100 == 16) pick_cluster(BitProducts<16, false>{}, ClusterPlan<3, 6, 2, 1>{});
     }
     if (path == 6 && rows->type == kFloat16) {
       if (option % 100 == 8) pick_cluster(HalfProducts<8, false>{}, ClusterPlan<2, 4, 2, 1>{});
