@@ -85,7 +85,7 @@ def test_graph_capture(modules: Path) -> None:
 
 @pytest.mark.parametrize("spec", [fmt.Spec(K, K, 2, 128, fmt.LAYOUT_TILED) for K in (512, 4096, 8192)])
 def test_kernels_wait_for_each_other(modules: Path, spec: fmt.Spec) -> None:
-    """A kernel starts while the one before it runs. Each reads what that one writes, and two buffers are used in turn."""
+    """A kernel starts while the one before it runs, and reads what that one writes; two buffers are used in turn."""
     import tvm_gpu
     from gpu import captured
 
