@@ -63,7 +63,8 @@ constexpr Rule kFloatRules[] = {
 constexpr int kClusterRows[] = {8, 16, 32, 64};
 constexpr int kClusterBlocks[] = {2, 4, 8};  // not 1: a block cannot send sums to itself alone
 constexpr double cluster_cost(int64_t rounds, int64_t sets, int64_t chunks, int rows) {
-  return static_cast<double>(rounds) *
+  return 10 +
+         static_cast<double>(rounds) *
          (static_cast<double>(sets) * (static_cast<double>(chunks) * (rows < 64 ? 1.0 : 1.2) + (rows <= 16 ? 4.0 : 1.5)) +
           static_cast<double>(chunks) * rows / 24);
 }
@@ -72,7 +73,7 @@ constexpr double cluster_cost(int64_t rounds, int64_t sets, int64_t chunks, int 
 constexpr int kPromptRows[] = {64, 128, 256};
 constexpr double prompt_cost(int64_t rounds, int64_t chunks, int rows, int slices) {
   const double of_chunk = rows == 64 ? 2.2 : rows == 128 ? 2.8 : 4.7;
-  return 10 + static_cast<double>(rounds * chunks) * of_chunk + (slices > 1 ? 5 + 0.1 * rows : 0);
+  return 10 + static_cast<double>(rounds * chunks) * of_chunk * (slices > 1 ? 1.2 : 1.0) + (slices > 1 ? 5 + 0.1 * rows : 0);
 }
 constexpr int64_t kClusterOnly = 32;  // so many rows of X are never kPrompt's where kCluster can take them
 

@@ -250,7 +250,7 @@ cudaError_t launch(const Weights& w, const Rows& rows, int64_t M, bool integer, 
       status = describe_rows(map, part.x, w.K, count, kRowBytes / 2, shape.rows / 2);
       if (status != cudaSuccess) return status;
       const int blocks = 2 * shape.slices;
-      status = start(variant.kernel, dim3(static_cast<unsigned>(shape.clusters * blocks)), kPromptThreads, variant.memory, device,
+      status = start(variant.kernel, dim3(static_cast<unsigned>(shape.clusters * blocks)), variant.threads, variant.memory, device,
                      stream, blocks, w, part, map);
     } else {
       status = start(general, dim3(tiles, static_cast<unsigned>(count)), kGeneralWarps * 32, 0, device, stream, 0, w, part);

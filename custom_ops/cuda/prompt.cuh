@@ -1,9 +1,9 @@
 // Many rows of X (prompts), float16, on Hopper: weights made float16 in registers are one operand of the warpgroup's
 // matrix product, X in shared memory is the other.
 //
-// A block makes 128 outputs for kTokens rows of X at a time. One of its three warpgroups copies X, as it is, and packed
-// weights into shared memory, a few chunks ahead, also of the next outputs while the last ones are stored. Two make weights
-// in the order of X and multiply; making those of half a chunk overlaps with the products of the half before.
+// A block makes 128 outputs for kTokens rows of X at a time. One of its warpgroups copies X, as it is, and packed weights
+// into shared memory, a few chunks ahead, also of the next outputs while the last ones are stored. A pair of them, or two that
+// take turns at the chunks, makes weights in the order of X and multiplies.
 //
 // Two blocks make neighbouring outputs for the same rows of X, and each copies half of these rows for both: blocks on their
 // own would ask the second-level cache for more than it can give. Where there are too few parts for all multiprocessors, pairs
@@ -14,8 +14,6 @@
 #include "cuda/prompt_stage.cuh"
 
 namespace qbb::cuda {
-
-constexpr int kPromptThreads = 3 * kWarpgroup;
 
 // Parts of 256 outputs and so many rows of X; a pair of blocks makes one after the other.
 __host__ __device__ inline int64_t prompt_parts(int tiles, int64_t M, int tokens) {
@@ -105,6 +103,28 @@ __device__ __forceinline__ int finisher_of(int n, int slices) { return n * slice
 template <int kTokens>
 __device__ __forceinline__ int first_of(int slice, int slices) { return (slice * (kTokens / 8) + slices - 1) / slices; }
 
+// Adds the second pair's sums to the first one's.
+template <int kTokens>
+__device__ __forceinline__ void add_pair(float (&sums)[kTokens / 2], char* of_pair, int pair, int thread) {
+  auto* to = reinterpret_cast<float4*>(of_pair) + thread;
+  hold(sums);
+  if (pair == 1) {
+#pragma unroll
+    for (int n = 0; n < kTokens / 8; ++n) {
+      to[n * 2 * kWarpgroup] = make_float4(sums[4 * n], sums[4 * n + 1], sums[4 * n + 2], sums[4 * n + 3]);
+    }
+  }
+  sync_threads(1, kPromptMultiply<kTokens>);
+  if (pair == 0) {
+#pragma unroll
+    for (int n = 0; n < kTokens / 8; ++n) {
+      const float4 v = to[n * 2 * kWarpgroup];
+      sums[4 * n] += v.x, sums[4 * n + 1] += v.y, sums[4 * n + 2] += v.z, sums[4 * n + 3] += v.w;
+    }
+  }
+  sync_threads(1, kPromptMultiply<kTokens>);  // their memory is free
+}
+
 // Bytes of the sums of two warpgroups for eight rows.
 constexpr int kEightSums = 2 * kWarpgroup * 16;
 
@@ -144,14 +164,15 @@ __device__ __forceinline__ void exchange_sums(float (&sums)[kTokens / 2], char* 
 // float16 X and scales; groups that are 2^n chunks, or whole rows. `x_map`: describe_rows(). Blocks: any number of clusters of two;
 // kSliced: a cluster for each part, of two for each slice.
 template <int kBases, int kTokens, bool kSliced>
-__global__ void __launch_bounds__(kPromptThreads, 1)
+__global__ void __launch_bounds__(kPromptThreads<kTokens>, 1)
     prompt(const Weights w, const Rows rows, const __grid_constant__ CUtensorMap x_map) {
 #if QBB_WARPGROUP_PRODUCTS
   constexpr int kStages = kPromptStages<kTokens>;
   char* memory = reinterpret_cast<char*>(block_memory());
   memory += (1024 - shared_address(memory) % 1024) % 1024;
   char* weights = memory + kStages * kStageBytes<kTokens>;
-  auto* full = reinterpret_cast<uint64_t*>(weights + kStages * kStageWeights<kBases>);
+  char* of_pair = weights + kStages * kStageWeights<kBases>;
+  auto* full = reinterpret_cast<uint64_t*>(of_pair + kPairSums<kTokens>);
   uint64_t *empty = full + kStages, *arrived = empty + kStages;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = uniform(thread / 32);
   const int rank = cluster_rank(), slices = kSliced ? cluster_size() / 2 : 1, slice = kSliced ? rank / 2 : 0;
@@ -163,7 +184,7 @@ __global__ void __launch_bounds__(kPromptThreads, 1)
   if (thread == 0) {
     for (int s = 0; s < kStages; ++s) {
       init_barrier(&full[s], kWarpgroup + 1);                      // all that copy weights, and one for X
-      init_barrier(&empty[s], 2 * kWarpgroup + 2 * kWarpgroup / 32);  // all that multiply here, and a lane of each warp there
+      init_barrier(&empty[s], 2 * kWarpgroup + 2 * kWarpgroup / 32);  // a pair that multiplies here, a lane of each warp there
     }
     if (kSliced) init_barrier(arrived, 1);
     show_barriers();
@@ -171,10 +192,10 @@ __global__ void __launch_bounds__(kPromptThreads, 1)
   let_next_kernel_start();  // it waits for this one before it reads or writes what this one does
   __syncthreads();
   meet_cluster();
-  if (thread >= 2 * kWarpgroup) {
+  if (thread >= kPromptMultiply<kTokens>) {
     give_registers<56>();
-    const int own = thread - 2 * kWarpgroup, ahead = min(kStages, chunks);
-    const bool copies_x = warp == 2 * kWarpgroup / 32 && elect_lane();
+    const int own = thread - kPromptMultiply<kTokens>, ahead = min(kStages, chunks);
+    const bool copies_x = warp == kPromptMultiply<kTokens> / 32 && elect_lane();
     const auto weights_of = [&](int2 place, int chunk, int stage) {
       copy_weights<kBases>(weights + stage * kStageWeights<kBases>, w, first_tile(place), first_chunk + chunk, own);
     };
@@ -202,27 +223,30 @@ __global__ void __launch_bounds__(kPromptThreads, 1)
     }
     if (kSliced) meet_cluster();
   } else {
-    take_registers<224>();
+    constexpr int kTurns = kPairs<kTokens>, kAhead = kTurns == 1 ? 1 : 0;
+    take_registers<kTurns == 1 ? 224 : 104>();
     constexpr int kPart = kBases == 4 ? 2 : kBases;  // a look-up has eight entries, so four bases are two matrices
     const Lane own = lane_of(lane);
     const uint32_t turn = turn_of(own.t);
     const float inverse = 1.0f / w.unit;
+    const int pair = warp / (2 * kWarpgroup / 32), tile = warp % (2 * kWarpgroup / 32);
     const auto release = [&](int stage) {
       arrive(&empty[stage]);
       if (lane == 0) arrive_in_block(&empty[stage], rank ^ 1);
     };
-    for (int part = cluster, stage = 0, parity = 0; part < parts; part += clusters) {
+    int chunk = pair, stage = pair, parity = 0;  // the pair's next chunk: of this part, if below `chunks`
+    for (int part = cluster; part < parts; part += clusters) {
       float sums[kTokens / 2] = {};
-      uint32_t a[2][4][4];  // weights of half a chunk, while those of the half before are still being multiplied
+      uint32_t a[1 + kAhead][4][4];  // weights of half a chunk; with kAhead while those of the half before are still multiplied
       int last = 0;
-      for (int chunk = 0; chunk < chunks; ++chunk) {
+      for (; chunk < chunks; chunk += kTurns) {
         wait_for(&full[stage], parity);
-        const char* words = weights + stage * kStageWeights<kBases> + warp * 256 + own.g * 8;
-        const char* scales = weights + stage * kStageWeights<kBases> + kBases * kWordBytes + warp * 32 + own.g * 4;
+        const char* words = weights + stage * kStageWeights<kBases> + tile * 256 + own.g * 8;
+        const char* scales = weights + stage * kStageWeights<kBases> + kBases * kWordBytes + tile * 32 + own.g * 4;
         float2 z = make_float2(0.0f, 0.0f);
         if (w.offset != nullptr) {
           z = *reinterpret_cast<const float2*>(weights + stage * kStageWeights<kBases> +
-                                               kBases * (kWordBytes + kScaleBytes) + warp * 64 + own.g * 8);
+                                               kBases * (kWordBytes + kScaleBytes) + tile * 64 + own.g * 8);
           z = make_float2(z.x * inverse, z.y * inverse);
         }
         Levels levels[2];
@@ -233,29 +257,40 @@ __global__ void __launch_bounds__(kPromptThreads, 1)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const char* here_words = words + half * 2 * QBB_TILE_ROWS * 4;
-          make_weights<0, kPart>(a[half], levels, here_words, turn);
+          uint32_t(&made)[4][4] = a[half * kAhead];
+          make_weights<0, kPart>(made, levels, here_words, turn);
           if constexpr (kBases == 4) {
             uint32_t b[4][4];
             make_weights<2, 2>(b, rest, here_words, turn);
-            add_pairs(a[half], b);
+            add_pairs(made, b);
           }
           begin_products();
 #pragma unroll
           for (int s = 0; s < 4; ++s) {
-            start_product(sums, a[half][s], descriptor(x + static_cast<uint32_t>(half * kTokens * kRowBytes + s * 32)));
+            start_product(sums, made[s], descriptor(x + static_cast<uint32_t>(half * kTokens * kRowBytes + s * 32)));
           }
           end_products();
-          wait_for_products<1>();
-          if (half == 0 && chunk > 0) release(last);
+          wait_for_products<kAhead>();
+          if (kAhead == 1 && half == 0 && chunk > 0) release(last);
+          if (kAhead == 0 && half == 1) release(stage);
         }
         last = stage;
-        if (++stage == kStages) {
-          stage = 0;
+        stage += kTurns;
+        if (stage >= kStages) {
+          stage -= kStages;
           parity ^= 1;
         }
       }
-      wait_for_products<0>();
-      release(last);
+      chunk -= chunks;
+      if (kAhead == 1) {
+        wait_for_products<0>();
+        release(last);
+      }
+      if constexpr (kTurns == 2) add_pair<kTokens>(sums, of_pair, pair, thread % (2 * kWarpgroup));
+      if (kTurns == 2 && pair == 1) {
+        if (kSliced) meet_cluster();
+        continue;
+      }
       int first = 0, end = kTokens / 8;
       if constexpr (kSliced) {
         hold(sums);
@@ -264,7 +299,7 @@ __global__ void __launch_bounds__(kPromptThreads, 1)
         first = first_of<kTokens>(slice, slices), end = first_of<kTokens>(slice + 1, slices);
       }
       const int2 place = place_of<kTokens>(part, w.tiles, rows.M);
-      const int out = (first_tile(place) + warp) * QBB_TILE_ROWS + lane / 4 * 2, row = place.y * kTokens;
+      const int out = (first_tile(place) + tile) * QBB_TILE_ROWS + lane / 4 * 2, row = place.y * kTokens;
       const float2 bias = make_float2(w.bias == nullptr || out >= w.N ? 0.0f : w.bias[out],
                                       w.bias == nullptr || out + 1 >= w.N ? 0.0f : w.bias[out + 1]);
       store_results<kTokens>(static_cast<__half*>(rows.y) + static_cast<int64_t>(row) * w.N, sums, w.unit, bias, out,

@@ -7,16 +7,27 @@
 namespace qbb::cuda {
 
 constexpr int kWarpgroup = 128;
-constexpr int kPromptTiles = 8;  // of 16 outputs: four for each of two warpgroups
+constexpr int kPromptTiles = 8;  // of 16 outputs: four for each of two warpgroups, a pair
 constexpr int kPairTiles = 2 * kPromptTiles;
 constexpr int kRowBytes = 128;   // of a row of half a chunk of X, which is as far as the swizzle goes
 
+// Pairs of warpgroups that multiply; they take turns at the chunks. Where sums leave registers for it, two pairs make weights
+// faster than one, which waits for each of its look-ups.
+template <int kTokens>
+constexpr int kPairs = kTokens == 64 ? 2 : 1;
+template <int kTokens>
+constexpr int kPromptMultiply = kPairs<kTokens> * 2 * kWarpgroup;
+template <int kTokens>
+constexpr int kPromptThreads = kPromptMultiply<kTokens> + kWarpgroup;
+template <int kTokens>
+constexpr int kPairSums = kPairs<kTokens> == 1 ? 0 : 2 * kWarpgroup * kTokens / 2 * 4;  // bytes that pass from pair to pair
+
 // Chunks on their way or in use: as many as fit.
 template <int kTokens>
-constexpr int kPromptStages = kTokens == 64 ? 8 : kTokens == 128 ? 5 : 3;
+constexpr int kPromptStages = kTokens == 64 ? 6 : kTokens == 128 ? 5 : 3;
 
 // Shared memory: X of all stages, each two halves of a chunk; then weights of all stages, each
-// words [bases, tiles, 4, 16], float16 scales [bases, tiles, 16], offsets [tiles, 16].
+// words [bases, tiles, 4, 16], float16 scales [bases, tiles, 16], offsets [tiles, 16]; then sums of a pair of warpgroups.
 template <int kTokens>
 constexpr int kStageBytes = kTokens * 2 * kRowBytes;
 
@@ -29,7 +40,7 @@ constexpr int kStageWeights = kBases * (kWordBytes + kScaleBytes) + kOffsetBytes
 
 template <int kTokens>
 constexpr size_t kPromptMemory = size_t{kPromptStages<kTokens>} * (kStageBytes<kTokens> + kStageWeights<4>) +
-                                 1024 + 8 * (2 * kPromptStages<kTokens> + 1);  // room to align it, barriers
+                                 kPairSums<kTokens> + 1024 + 8 * (2 * kPromptStages<kTokens> + 1);  // room to align it, barriers
 
 #if QBB_WARPGROUP_PRODUCTS
 

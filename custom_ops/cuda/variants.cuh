@@ -67,12 +67,15 @@ Kernel batch_kernel(int bases, int columns) {
 // A variant of `prompt`.
 struct Prompt {
   void (*kernel)(Weights, Rows, CUtensorMap);
+  int threads;
   size_t memory;
 };
 
 template <int kTokens, bool kSliced>
 Prompt prompt_variant(int bases) {
-  return with_bases(bases, [](auto b) { return Prompt{prompt<b.value, kTokens, kSliced>, kPromptMemory<kTokens>}; });
+  return with_bases(bases, [](auto b) {
+    return Prompt{prompt<b.value, kTokens, kSliced>, kPromptThreads<kTokens>, kPromptMemory<kTokens>};
+  });
 }
 
 template <bool kSliced>

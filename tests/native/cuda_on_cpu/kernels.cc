@@ -74,7 +74,7 @@ extern "C" int run_on_cpu(int path, int option, int blocks, const Weights* w, co
     std::memcpy(&map, &x, sizeof x);
     const Prompt variant = prompt_variant(w->bases, tokens, option / 1000 > 2);
     kernel = [=](Weights weights, Rows all) { variant.kernel(weights, all, map); };
-    threads = kPromptThreads;
+    threads = variant.threads;
     memory = variant.memory;
   } else if (path == 3) {
     kernel = general;
