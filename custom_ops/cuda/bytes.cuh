@@ -66,9 +66,8 @@ struct Bytes {
   // A word of X as bytes: high[i][h] and low[i][h] are those of inputs i + 8h, i + 8h + 16, i + 8h + 4, i + 8h + 20, in the
   // order of look-ups. Returns the chunk's number: 256 steps, and kMagic less `correction` times the inputs' total. Four
   // neighbouring lanes hold the words of a chunk.
-  template <int kPieces>
   static __device__ __forceinline__ float2 to_bytes(uint32_t (&high)[4][2], uint32_t (&low)[4][2],
-                                                    const uint4 (&raw)[kPieces], Type type, float correction) {
+                                                    const uint4 (&raw)[kRawPieces], Type type, float correction) {
     float v[QBB_WORD_BITS];
     to_numbers(v, raw, type);
     float largest = 0.0f;

@@ -11,8 +11,8 @@ enum class Path {
   kDecode,   // bit planes of X, few rows of it at a time
   kBytes,    // bits made bytes, X of 16 bits, up to 16 rows of it at a time
   kBatch,    // weights made float16, for up to 32 rows of X at a time
-  kCluster,  // both of these for Hopper: up to 64 rows of X at a time, each block of a cluster with a slice of the inputs
-  kPrompt,   // the same for 128 or 256 rows of X, with Hopper's warpgroup products
+  kCluster,  // bits made bytes or weights made float16, for Hopper: few rows of X, each block of a cluster with a slice of inputs
+  kPrompt,   // weights made float16, for 64, 128 or 256 rows of X at a time, with Hopper's warpgroup products
   kGeneral,  // any matrix, a row of X at a time
 };
 

@@ -191,7 +191,13 @@ def test_cluster(library: ctypes.CDLL, bases: int) -> None:
 @pytest.mark.parametrize("bases", [1, 2, 3, 4])
 def test_prompt(library: ctypes.CDLL, bases: int) -> None:
     rng = np.random.default_rng(bases)
-    shapes = ((128, 130, 128, 2128), (304, 40, 304, 2256), (1160, 33, 256, 2064), (776, 300, 128, 2256))
+    shapes = (
+        (128, 130, 128, 2128),
+        (304, 40, 304, 2256),
+        (1160, 33, 256, 2064),
+        (776, 300, 128, 2256),
+        (328, 300, 328, 2064),
+    )
     for K, N, group, how in shapes:
         layer = make_layer(rng, K, N, bases, group, dtype=np.float16, offset=bool(rng.integers(2)))
         x = inputs(rng, int(rng.integers(1, 140)), K)
