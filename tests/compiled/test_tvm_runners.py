@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -24,7 +25,7 @@ from qbb_export.passes.function_body import AttachFunctionBody  # noqa: E402
 from qbb_export.runtimes.ort import session  # noqa: E402
 from qbb_export.runtimes.tvm.build import compile_model  # noqa: E402
 from qbb_export.runtimes.tvm.versions import PINNED  # noqa: E402
-from tests.kernels.layers import Layer, make_layer, make_node_model  # noqa: E402
+from tests.kernels.layers import Layer, group_sizes, make_layer, make_node_model  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 HEADERS = tvm_ffi.libinfo.find_include_path()
@@ -205,13 +206,37 @@ def test_c_without_a_runtime(
     check_kernel(layer, f"qemu-{cpu}-static", *qemu, tmp_path / "kernel")
 
 
+def node_program(folder: Path) -> tuple[object, ...]:
+    """Links what ``make_kernel.py`` wrote to a folder."""
+    kernel = folder / "kernel.wasm"
+    replaced = {"layer/kernel.o": folder / "kernel.o", "kernel.wasm": kernel}
+    run(*(replaced.get(word, word) for word in command("wasm-ld")), cwd=ROOT)
+    return "node", ROOT / "examples/tvm/kernel.mjs", kernel, folder
+
+
 def test_webassembly(model: Path, layer: Layer, tmp_path: Path) -> None:
     need("node", "wasm-ld")
-    folder = tmp_path / "layer"
-    make_kernel(model, "wasm32", folder)
-    replaced = {"layer/kernel.o": folder / "kernel.o", "kernel.wasm": tmp_path / "kernel.wasm"}
-    run(*(replaced.get(word, word) for word in command("wasm-ld")), cwd=ROOT)
-    check_kernel(layer, "node", ROOT / "examples/tvm/kernel.mjs", tmp_path / "kernel.wasm", folder)
+    make_kernel(model, "wasm32", tmp_path / "layer")
+    check_kernel(layer, *node_program(tmp_path / "layer"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1, 131, 10))
+def test_webassembly_grid(first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every K; N and bases take turns. Small whole numbers and powers of two: every sum is exact."""
+    need("node", "wasm-ld")
+    monkeypatch.syspath_prepend(str(ROOT / "examples/tvm"))
+    example = importlib.import_module("make_kernel")
+    rng = np.random.default_rng([5, first])
+    for K in range(first, first + 10):
+        N, bases = (1, 2, 3, 31, 32, 33, 64)[K % 7], K % 8 + 1
+        options = {"dtype": rng.choice((np.float16, np.float32)), "offset": bool(rng.integers(2))}
+        layer = make_layer(rng, K, N, bases, int(rng.choice(group_sizes(K))), powers_of_two=True, **options)
+        folder = tmp_path / str(K)
+        example.write(save(layer, tmp_path / f"{K}.onnx"), "linear", "wasm32", folder)
+        x = rng.integers(-8, 9, (5, K)).astype(np.float32)
+        y = np.frombuffer(run(*node_program(folder), input=x.tobytes()).stdout, np.float32).reshape(5, N)
+        assert (y == layer.exact(x)).all(), layer.spec
 
 
 def test_unknown_node(model: Path, tmp_path: Path) -> None:
