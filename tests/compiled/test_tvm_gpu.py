@@ -54,7 +54,7 @@ def test_grid(way: str, K: int, tmp_path: Path) -> None:
     exact_sums(way, K, 1, tmp_path)
 
 
-@pytest.mark.parametrize(("K", "N", "bases", "group"), [(1100, 70, 4, 256), (300, 530, 2, 300)])
+@pytest.mark.parametrize(("K", "N", "bases", "group"), [(1100, 70, 4, 256), (300, 530, 2, 300), (260, 3100, 2, 128)])
 def test_large(way: str, K: int, N: int, bases: int, group: int, tmp_path: Path) -> None:
     """Real numbers, more than a block's share of K, within the promised bound."""
     target, kind, _, runner = WAYS[way]
