@@ -5,7 +5,6 @@
 
 namespace qbb::cuda {
 
-constexpr int kMostBlocks = 8;        // of a cluster
 constexpr int kWarpgroupThreads = 128;
 
 // What was found to be fast, and may be changed.
