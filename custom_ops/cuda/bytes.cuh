@@ -63,6 +63,21 @@ struct Bytes {
     }
   }
 
+  // Of a chunk, whose words four neighbouring lanes hold: its largest magnitude, and its total from those of the words.
+  static __device__ __forceinline__ float largest_of_chunk(const float (&v)[QBB_WORD_BITS]) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < QBB_WORD_BITS; ++i) largest = fmaxf(largest, fabsf(v[i]));
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
+    return largest;
+  }
+  static __device__ __forceinline__ uint32_t total_of_chunk(uint32_t total) {
+    total += __shfl_xor_sync(kAllLanes, total, 1);
+    total += __shfl_xor_sync(kAllLanes, total, 2);
+    return total;
+  }
+
   // A word of X as bytes: high[i][h] and low[i][h] are those of inputs i + 8h, i + 8h + 16, i + 8h + 4, i + 8h + 20, in the
   // order of look-ups. Returns the chunk's number: 256 steps, and kMagic less `correction` times the inputs' total. Four
   // neighbouring lanes hold the words of a chunk.
@@ -70,11 +85,7 @@ struct Bytes {
                                                     const uint4 (&raw)[kRawPieces], Type type, float correction) {
     float v[QBB_WORD_BITS];
     to_numbers(v, raw, type);
-    float largest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < QBB_WORD_BITS; ++i) largest = fmaxf(largest, fabsf(v[i]));
-    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
+    const float largest = largest_of_chunk(v);
     const bool some = largest > kSmallest;
     const float inverse = some ? kLargest / largest : 0.0f;
     uint32_t total = 0;
@@ -95,8 +106,7 @@ struct Bytes {
       }
     }
     total -= QBB_WORD_BITS * __float_as_uint(kMagic + 128.0f);
-    total += __shfl_xor_sync(kAllLanes, total, 1);
-    total += __shfl_xor_sync(kAllLanes, total, 2);
+    total = total_of_chunk(total);
     const float of_inputs = static_cast<float>(static_cast<int>(total));
     return make_float2(some ? 256.0f * largest / kLargest : 0.0f, kMagic - correction * of_inputs);
   }

@@ -41,11 +41,7 @@ struct BitProducts {
     const uint32_t magic = __float_as_uint(kMagic);
     float v[QBB_WORD_BITS];
     Bytes::to_numbers(v, raw, type);
-    float largest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < QBB_WORD_BITS; ++i) largest = fmaxf(largest, fabsf(v[i]));
-    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
+    const float largest = Bytes::largest_of_chunk(v);
     const bool some = largest > kSmallest;
     const float inverse = some ? kLargest / largest : 0.0f;
     uint32_t total = 0;
@@ -64,8 +60,7 @@ struct BitProducts {
       *reinterpret_cast<uint32_t*>(at + kTokens * kProductRow) = __byte_perm(first, last, 0x7632) ^ kFlip;
     }
     total -= QBB_WORD_BITS * magic;
-    total += __shfl_xor_sync(kAllLanes, total, 1);
-    total += __shfl_xor_sync(kAllLanes, total, 2);
+    total = Bytes::total_of_chunk(total);
     if (word != 0) return;
     *number = make_float2(some ? largest / kLargest : 0.0f, static_cast<float>(static_cast<int>(total)));
   }
